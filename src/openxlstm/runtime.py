@@ -38,7 +38,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 """What :func:`resolve_precision` understands."""
 
 
-# ------------------------------------------------------------------------------------------ device and dtype
+# ---------------------------------------------------------------------- device and dtype
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -71,7 +71,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
-    """Turn ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` (or ``fp32``, ``bf16``, ...) into a dtype.
+    """Turn ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"`` (or ``fp32``, ...) into a dtype.
 
     Raises:
         ValueError: not a floating point type that models run in.
@@ -93,12 +93,12 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
 
     On a CPU this needs AVX512-BF16 or AMX; without them PyTorch emulates, tens of times slower.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
+    if kind == "cpu":
         return any(bool(_cpu_capabilities().get(flag)) for flag in ("avx512_bf16", "amx_bf16"))
-    return device.type == "xpu"
+    return kind == "xpu"
 
 
 def resolve_precision(name: str, device: torch.device | str) -> torch.dtype | None:
@@ -135,7 +135,7 @@ def _cpu_capabilities() -> dict[str, Any]:
     return {flag: getattr(torch.cpu, name)() for flag, name in probes.items() if hasattr(torch.cpu, name)}
 
 
-# ------------------------------------------------------------------------------------------ seeds
+# ---------------------------------------------------------------------- seeds
 
 
 def set_seed(seed: int) -> None:
@@ -156,7 +156,7 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that a crash or a full disk leaves either the old content or the new, never a mixture.
 
     Raises:
-        OSError: the directory does not exist, is not writable, or the disk is full; ``path`` is then untouched.
+        OSError: the directory does not exist or is not writable, or the disk is full; ``path`` is untouched.
     """
     with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -200,7 +200,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-# ------------------------------------------------------------------------------------------ measured limits
+# ---------------------------------------------------------------------- measured limits
 
 
 def _synchronize(device: torch.device) -> None:
@@ -242,14 +242,12 @@ def measure_peak_flops(
 def _peak_flops(dtype: torch.dtype, device: torch.device, threads: int, seconds: float) -> float:
     best = 0.0
     for size in (128, 512, 1024, 2048) if device.type == "cpu" else (1024, 4096, 8192):
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        product = torch.empty_like(a)
-        rate = 2 * size**3 / _best_time(functools.partial(torch.mm, a, a, out=product), device, seconds / 4)
-        if (
-            rate < best or 2 * (2 * size) ** 3 / rate > seconds
-        ):  # not growing, or the next size takes too long
-            return max(best, rate)
-        best = rate
+        factor = torch.ones(size, size, dtype=dtype, device=device)
+        product = torch.empty_like(factor)
+        elapsed = _best_time(functools.partial(torch.mm, factor, factor, out=product), device, seconds / 4)
+        best = max(best, 2 * size**3 / elapsed)
+        if elapsed > seconds / 8:  # the next size would take too long and gain nothing
+            break
     return best
 
 
@@ -272,7 +270,7 @@ def _bandwidth(device: torch.device, threads: int, megabytes: int, seconds: floa
     return array.numel() * 4 / _best_time(array.sum, device, seconds)
 
 
-# ------------------------------------------------------------------------------------------ environment report
+# ---------------------------------------------------------------------- environment report
 
 
 def environment_report(*, measure: bool = False) -> dict[str, Any]:

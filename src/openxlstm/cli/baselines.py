@@ -3,16 +3,17 @@
 All of them read the same held-out bytes.
 
 * ``gzip -9`` and ``xz -9``: the held-out documents joined into one stream and compressed by Python's own
-  modules; bits per byte = 8 * compressed size / size. They have no training text, but they adapt to the held-out
-  text as they read it, across document borders, which the other two do not.
+  modules; bits per byte = 8 * compressed size / size. They have no training text, but they adapt to the
+  held-out text as they read it, across document borders, which n-gram and model do not.
 * The byte n-gram is trained on the training documents with interpolated modified Kneser-Ney smoothing
-  (Chen and Goodman, 1999). For a context ``h`` and the next byte ``w``, with ``h'`` the context without its oldest byte,
+  (Chen and Goodman, 1999). For a context ``h`` and the next byte ``w``, with ``h'`` the context without its
+  oldest byte,
 
       P(w | h) = max(c(h w) - D(c(h w)), 0) / c(h) + gamma(h) P(w | h')
 
-  where ``c`` counts occurrences at the highest order and distinct preceding bytes below it, ``D`` is one of three
-  discounts estimated from the counts of counts, and ``gamma`` gives away exactly what the discounts took. The
-  recursion ends in the uniform distribution over 256 bytes, so every byte string has a probability.
+  where ``c`` counts occurrences at the highest order and distinct preceding bytes below it, ``D`` is one of
+  three discounts estimated from the counts of counts, and ``gamma`` gives away exactly what the discounts
+  took. The recursion ends in the uniform distribution over 256 bytes, so every text has a probability.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _discounts(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _windows(documents: Sequence[bytes], order: int) -> UInt64:
-    """One n-gram per byte as an integer, nine bits per symbol; symbol 256 stands before a document's start."""
+    """One n-gram per byte, an integer of nine bits per symbol; symbol 256 precedes a document."""
     parts: list[UInt64] = []
     for document in documents:
         symbols = np.full(len(document) + order - 1, 256, dtype=np.uint64)

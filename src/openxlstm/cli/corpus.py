@@ -1,8 +1,8 @@
 """The demo's text: the Python standard library's own source, split into training and held-out files.
 
-Every Python installation carries a few megabytes of it, so nothing is downloaded. Generated tables (character
-maps, the pydoc topics) and the test suite, which not every distribution ships, are left out. The split depends
-on the file names alone.
+Every Python installation carries a few megabytes of it, so nothing is downloaded. Generated tables
+(character maps, the pydoc topics) and the test suite, which not every distribution ships, are left out. The
+split depends on the file names alone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import zlib
 from pathlib import Path
 
 EXCLUDED = frozenset(
-    {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "distutils", "encodings",
-     "pydoc_data", "ensurepip", "lib-dynload", "config-3", "turtledemo"}
+    {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "distutils",
+     "encodings", "pydoc_data", "ensurepip", "turtledemo"}
 )  # fmt: skip
 MAX_FILE_BYTES = 200_000
 
@@ -38,7 +38,7 @@ def standard_library_files(root: Path | None = None) -> list[tuple[str, bytes]]:
         if text:
             files.append((name.as_posix(), text))
     if not files:
-        raise FileNotFoundError(f"no Python source found in the standard library at '{root}'; use --corpus DIRECTORY")
+        raise FileNotFoundError(f"no Python source found at '{root}'; name a directory with --corpus")
     return files
 
 
@@ -59,5 +59,5 @@ def split(
         total += len(order[taken][1])
         taken += 1
     if taken == len(order):
-        raise ValueError(f"the corpus has {total} bytes, too few to hold out {held_out_bytes}; give more text")
+        raise ValueError(f"the corpus has {total} bytes, too few to hold out {held_out_bytes}")
     return sorted(order[taken:]), sorted(order[:taken])

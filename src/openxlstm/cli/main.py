@@ -2,8 +2,8 @@
 
 Subcommands are imported when they run, so ``openxlstm --help`` answers without importing PyTorch.
 
-Exit codes: 0 success, 1 the work failed (missing file, full disk, diverged training, ...), 2 the request makes no
-sense (unknown command, option, field or value), 130 interrupted.
+Exit codes: 0 success, 1 the work failed (missing file, full disk, diverged training, ...), 2 the request
+makes no sense (unknown command, option, field or value), 130 interrupted.
 """
 
 from __future__ import annotations

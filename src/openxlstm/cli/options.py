@@ -19,9 +19,7 @@ import tyro
 OptionsT = TypeVar("OptionsT")
 
 
-def parse(
-    options: type[OptionsT], arguments: Sequence[str], *, command: str, examples: str = ""
-) -> OptionsT:
+def parse(options: type[OptionsT], arguments: Sequence[str], *, command: str, examples: str = "") -> OptionsT:
     """Parse ``arguments`` into the dataclass ``options``.
 
     Raises:

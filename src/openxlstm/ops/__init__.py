@@ -1,0 +1,14 @@
+"""Operators: pure functions on tensors. The only layer that knows about kernels and devices."""
+
+from openxlstm.ops.dispatch import explain
+from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
+from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
+
+__all__ = [
+    "explain",
+    "mlstm",
+    "mlstm_initial_state",
+    "mlstm_step",
+    "reset_from_cu_seqlens",
+    "reset_from_document_ids",
+]

@@ -1,0 +1,268 @@
+"""The mLSTM operator: signature, documentation, every check, and the choice of backend."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from openxlstm.ops import dispatch
+from openxlstm.ops.mlstm import chunkwise, reference
+from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
+from openxlstm.state import mLSTMState
+
+InputGate = Literal["exp", "sigmoid"]
+
+dispatch.register(
+    "mlstm",
+    "chunkwise",
+    chunkwise.chunkwise,
+    priority=10,
+    description="portable PyTorch, linear in time, exact hand-written backward",
+)
+dispatch.register(
+    "mlstm", "recurrent", reference.recurrent, priority=0, description="the definition, step by step"
+)
+dispatch.register(
+    "mlstm", "parallel", reference.parallel, priority=0, description="the definition, quadratic"
+)
+dispatch.register(
+    "mlstm_step", "recurrent", reference.step, priority=10, description="the definition, one token"
+)
+
+
+def mlstm_initial_state(
+    batch: int,
+    heads: int,
+    qk_head_dim: int,
+    v_head_dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> mLSTMState:
+    """The empty state: zeros, m included. ``dtype`` is float32, or float64 to check numerics."""
+    return mLSTMState(
+        c=torch.zeros(batch, heads, qk_head_dim, v_head_dim, device=device, dtype=dtype),
+        n=torch.zeros(batch, heads, qk_head_dim, device=device, dtype=dtype),
+        m=torch.zeros(batch, heads, device=device, dtype=dtype),
+    )
+
+
+@overload
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    state: mLSTMState | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    state: mLSTMState | None = None,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, mLSTMState]: ...
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    state: mLSTMState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, mLSTMState]:
+    """The mLSTM over whole sequences: matrix memory, exponential (or sigmoid) input gate (xLSTM, arXiv 2405.04517).
+
+    Gradients of every input are exact: through the normaliser, the stabiliser, the initial state and the
+    returned state.
+
+    Args:
+        q, k: queries and keys (B, T, H, DK), any strides, any floating dtype. Queries are scaled by DK^-1/2
+            inside.
+        v: values (B, T, H, DV).
+        i, f: input and forget gate pre-activations (B, T, H). ``f = -inf`` forgets everything, exactly;
+            ``i = -inf`` adds nothing. The forget gate is a sigmoid.
+        state: memory to start from, (B, ...); None is the empty state. It is not changed.
+        return_state: also return the state after the last token.
+        cu_seqlens: int32 offsets (N + 1,) of N documents laid end to end in a batch of 1 (empty ones allowed);
+            states then have leading dimension N.
+        reset: bool (B, T), True where a position starts a new document from the empty state. A row's
+            ``state`` acts up to its first reset. Give this or ``cu_seqlens``.
+        input_gate: ``"exp"``, or ``"sigmoid"`` (arXiv 2503.14376), whose state has m = 0 throughout.
+        normalize: divide by the normaliser; False only with the sigmoid input gate.
+        eps: added to the denominator.
+        chunk_size: tokens per chunk of the chunkwise backends, any positive number; None chooses.
+        backend: ``"auto"`` or a name; see :func:`openxlstm.ops.explain`.
+
+    Returns:
+        h (B, T, H, DV) in the dtype of v; with ``return_state`` also the state, float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown backend or gate, or an impossible combination.
+    """
+    _check_sequence(q, k, v, i, f, chunk_size)
+    _check_options(input_gate, normalize)
+    batch, time, heads, qk_dim = q.shape
+    check_boundaries(cu_seqlens, reset, batch, time)
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if state is not None:
+        _check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype)
+    run = dispatch.resolve("mlstm", backend, dispatch.Request(q.device, q.dtype)).implementation
+    options = {
+        "sigmoid": input_gate == "sigmoid",
+        "normalize": normalize,
+        "eps": eps,
+        "chunk_size": chunk_size,
+    }
+    if cu_seqlens is not None and (state is not None or return_state):
+        if state is None:
+            state = mlstm_initial_state(sequences, heads, qk_dim, v.shape[-1], q.device, state_dtype)
+        h, last = _run_documents(run, (q, k, v, i, f), state, cu_seqlens, options)
+        return (h, last) if return_state else h
+    if cu_seqlens is not None:
+        reset = reset_from_cu_seqlens(cu_seqlens, time)
+    if state is None:
+        state = mlstm_initial_state(batch, heads, qk_dim, v.shape[-1], q.device, state_dtype)
+    h, *last = run(q, k, v, i, f, *state, reset, **options)
+    return (h, mLSTMState(*last)) if return_state else h
+
+
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: mLSTMState,
+    *,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, mLSTMState]:
+    """One token of the mLSTM, in constant time and memory.
+
+    Args:
+        q, k: (B, H, DK). v: (B, H, DV). i, f: (B, H).
+        state: memory before this token; it is not changed.
+        input_gate, normalize, eps, backend: as for :func:`mlstm`.
+
+    Returns:
+        h (B, H, DV) in the dtype of v, and the state after this token.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown backend or gate.
+    """
+    if q.ndim != 3:
+        raise ValueError(f"q must have shape (B, H, DK) for one token, got {tuple(q.shape)}")
+    _check_sequence(*(x.unsqueeze(1) for x in (q, k, v, i, f)), None)
+    _check_options(input_gate, normalize)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype)
+    run = dispatch.resolve("mlstm_step", backend, dispatch.Request(q.device, q.dtype)).implementation
+    h, *new = run(q, k, v, i, f, *state, sigmoid=input_gate == "sigmoid", normalize=normalize, eps=eps)
+    return h, mLSTMState(*new)
+
+
+def _run_documents(
+    run, inputs: tuple[Tensor, ...], state: mLSTMState, cu_seqlens: Tensor, options: dict
+) -> tuple[Tensor, mLSTMState]:
+    """Documents with states of their own: run them as padded rows, grouped by length.
+
+    Padding takes identity steps (forget nothing, add nothing), so the last state of a row is the state after
+    its document, exactly.
+    """
+    q, k, v, i, f = (x[0] for x in inputs)
+    h = torch.zeros_like(v)
+    order, pieces = [], []
+    for documents, positions, valid in length_groups(cu_seqlens):
+        rows = [x[positions] for x in (q, k, v)]
+        pad = ~valid[..., None]
+        rows += [i[positions].masked_fill(pad, -torch.inf), f[positions].masked_fill(pad, torch.inf)]
+        out, *last = run(*rows, *(s[documents] for s in state), None, **options)
+        h = h.index_put((positions[valid],), out[valid])
+        order.append(documents)
+        pieces.append(last)
+    if not order:
+        return h[None], state
+    back = torch.argsort(torch.cat(order))
+    return h[None], mLSTMState(*(torch.cat(parts)[back] for parts in zip(*pieces, strict=True)))
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, chunk_size: int | None) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape (B, T, H, DK), got {tuple(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must have shape (B, T, H, DV) = {(*q.shape[:3], 'DV')}, got {tuple(v.shape)}")
+    for name, gate in (("i", i), ("f", f)):
+        if gate.shape != q.shape[:3]:
+            raise ValueError(
+                f"{name} must have shape (B, T, H) = {tuple(q.shape[:3])}, got {tuple(gate.shape)}"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v), ("i", i), ("f", f)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move them to one device")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+
+
+def _check_options(input_gate: str, normalize: bool) -> None:
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', got {input_gate!r}")
+    if not normalize and input_gate == "exp":
+        raise ValueError(
+            "normalize=False needs input_gate='sigmoid': the exponential gate is unbounded without it"
+        )
+
+
+def _check_state(
+    state: mLSTMState, batch: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype
+) -> None:
+    expected = {"c": (batch, heads, qk_dim, v_dim), "n": (batch, heads, qk_dim), "m": (batch, heads)}
+    for (name, shape), x in zip(expected.items(), state, strict=True):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"state.{name} must have shape {shape}, got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            raise ValueError(f"state.{name} must be {dtype}, got {x.dtype}")

@@ -1,0 +1,375 @@
+"""The chunkwise mLSTM in PyTorch: linear in time, exact gradients, on any device.
+
+Time is cut into chunks of L. Within a chunk the quadratic form, between chunks the recurrence over the state
+(C, n), whose scalars :mod:`gates` has prepared (W, beta, a-bar, g-bar below). With the state (C, n) entering a
+chunk and s = DK^-1/2:
+
+    A = s (Q K^T) * W          num = A V + s beta Q C          r = A 1 + s beta Q n
+    den = max(|r|, exp(-m)) + eps                              h = num / den
+    C' = g-bar C + (a-bar K)^T V                               n' = g-bar n + (a-bar K)^T 1
+
+The backward (exact; nothing is treated as constant) rebuilds the states, then walks the chunks in reverse with
+the state gradient (dC, dn). With y = dh / den and rho = -sign(r) (dh . h) / den where |r| > exp(-m), else 0:
+
+    dS = s W * (y V^T + rho)
+    dQ = dS K + s beta (y C^T + rho n)          dK = dS^T Q + a-bar (V dC'^T + dn')
+    dV = A^T y + (a-bar K) dC'
+    dC = g-bar dC' + (s beta Q)^T y             dn = g-bar dn' + (s beta Q)^T rho
+
+Nothing of size (T, T) and no per-step state is ever stored; the states between chunks live during the backward
+only. Products run in bfloat16 where inputs are bfloat16 and the device multiplies it natively, else in float32
+(float64 for float64 inputs); gates, normaliser and states are float32 at least.
+
+Sources: Tiled Flash Linear Attention (arXiv 2503.14376) for the chunkwise form; derivation in
+docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
+from openxlstm.runtime import has_fast_bfloat16
+
+
+def default_chunk_size(qk_dim: int, v_dim: int, time: int) -> int:
+    """Chunk length that balances the work inside chunks, ~L (DK + DV), with that on states, ~DK DV / L."""
+    best = 128 if qk_dim * v_dim >= 64 * 64 else 64
+    return max(1, min(best, time))
+
+
+class _Workspace:
+    """One chunk's operands in head-first layout, and tile-sized buffers that every chunk reuses."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, c: Tensor, chunk_size: int) -> None:
+        self.batch, self.time, self.heads, self.qk_dim = q.shape
+        self.v_dim = v.shape[-1]
+        self.chunk_size = chunk_size
+        self.chunks = -(-self.time // chunk_size)
+        self.dtype = c.dtype  # of states, gates and elementwise work
+        native = q.dtype == torch.bfloat16 and has_fast_bfloat16(q.device)
+        self.product_dtype = torch.bfloat16 if native else self.dtype
+        self.scale = self.qk_dim**-0.5
+        self._buffers: dict[str, Tensor] = {}
+        self._device = q.device
+
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A reused block of memory of this shape; contents undefined."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        block = self._buffers.get(name)
+        if block is None or block.numel() < size:
+            block = torch.empty(size, dtype=dtype or self.dtype, device=self._device)
+            self._buffers[name] = block
+        return block[:size].view(shape)
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """First position of a chunk and the one after its last."""
+        start = chunk * self.chunk_size
+        return start, min(start + self.chunk_size, self.time)
+
+    def operand(self, name: str, x: Tensor, chunk: int) -> Tensor:
+        """Chunk of x (B, T, H, D) as (B * H, L, D) in the dtype of products; a view where possible."""
+        start, end = self.span(chunk)
+        part = x[:, start:end].transpose(1, 2)
+        if x.dtype == self.product_dtype and (self.batch == 1 or self.heads == 1):
+            return part.flatten(0, 1)
+        block = self.buffer(name, self.batch, self.heads, end - start, x.shape[-1], dtype=self.product_dtype)
+        return block.copy_(part).flatten(0, 1)
+
+    def scalars(self, x: Tensor, chunk: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Chunk of gate scalars (B, H, N, L) as (B * H, L)."""
+        start, end = self.span(chunk)
+        return x[:, :, chunk, : end - start].flatten(0, 1).to(dtype or self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x as an operand of a matrix product."""
+        return x.to(self.product_dtype)
+
+    def multiply(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Batched a @ b, in the dtype of elementwise work, in the buffer ``name``."""
+        out = self.buffer(name, a.shape[0], a.shape[1], b.shape[2])
+        if self.product_dtype == self.dtype:
+            return torch.bmm(a, b, out=out)
+        return out.copy_(torch.bmm(a, b))
+
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """total += a @ b in place."""
+        if self.product_dtype == self.dtype:
+            return total.baddbmm_(a, b)
+        return total.add_(torch.bmm(a, b))
+
+    def decay(self, gates: Gates, chunk: int) -> Tensor:
+        """The tile W = exp(D) of a chunk, (B * H, L, L), zero where s > t or a cut lies between."""
+        rows, columns = (self.scalars(x, chunk, x.dtype) for x in (gates.rows, gates.columns))
+        segment = self.scalars(gates.segment, chunk, torch.int64)
+        length = rows.shape[-1]
+        shape = (self.batch * self.heads, length, length)
+        exponent = self.buffer("exponent", *shape, dtype=rows.dtype)
+        torch.add(rows[:, :, None], columns[:, None, :], out=exponent)
+        allowed = segment[:, :, None] == segment[:, None, :]
+        allowed.logical_and_(self._causal(length))
+        tile = self.buffer("tile", *shape)
+        tile.copy_(exponent)
+        return tile.masked_fill_(allowed.logical_not_(), -torch.inf).exp_()
+
+    def _causal(self, length: int) -> Tensor:
+        block = self._buffers.get("causal")
+        if block is None:
+            block = torch.ones(
+                self.chunk_size, self.chunk_size, dtype=torch.bool, device=self._device
+            ).tril_()
+            self._buffers["causal"] = block
+        return block[:length, :length]
+
+    def advance(self, gates: Gates, chunk: int, k: Tensor, v: Tensor, c: Tensor, n: Tensor) -> None:
+        """Carry the state (c, n), in place, over a chunk: the recurrence of the module's equation."""
+        weighted = self.buffer("weighted_k", *k.shape)
+        torch.mul(k, self.scalars(gates.to_state, chunk)[..., None], out=weighted)
+        keep = gates.keep[:, :, chunk].flatten().to(self.dtype)
+        c.mul_(keep[:, None, None])
+        self.accumulate(c, self.product(weighted).transpose(1, 2), v)
+        n.mul_(keep[:, None]).add_(weighted.sum(1))
+
+
+@torch.library.custom_op("openxlstm::mlstm_chunkwise", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    reset: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, the last c, n, m, and (B, H, T) r and den for the backward."""
+    batch, time, heads, _ = q.shape
+    h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    c, n = c0.flatten(0, 1).clone(), n0.flatten(0, 1).clone()
+    r = torch.empty(batch, heads, time, dtype=c0.dtype, device=q.device)
+    den = torch.empty_like(r)
+    if time == 0:
+        m = torch.zeros_like(m0) if sigmoid else m0.clone()
+        return h, c.view(c0.shape), n.view(n0.shape), m, r, den
+    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
+    floor = (-gates.m).exp().to(c0.dtype)
+    work = _Workspace(q, k, v, c0, chunk_size)
+    for chunk in range(work.chunks):
+        start, end = work.span(chunk)
+        length = end - start
+        qs, ks, vs = (work.operand(name, x, chunk) for name, x in (("q", q), ("k", k), ("v", v)))
+        scores = (
+            work.multiply("scores", qs, ks.transpose(1, 2)).mul_(work.decay(gates, chunk)).mul_(work.scale)
+        )
+        carried = work.buffer("carried_q", *qs.shape)
+        torch.mul(qs, (work.scalars(gates.carry_in, chunk) * work.scale)[..., None], out=carried)
+        num = work.multiply("num", work.product(scores), vs)
+        work.accumulate(num, work.product(carried), work.product(c))
+        num = num.view(batch, heads, length, -1)
+        out = h[:, start:end].transpose(1, 2)
+        if normalize:
+            row = scores.sum(-1).add_(torch.bmm(carried, n[..., None]).squeeze(-1))
+            r[..., start:end] = row.view(batch, heads, length)
+            den[..., start:end] = torch.maximum(r[..., start:end].abs(), floor[..., start:end]) + eps
+            num.div_(den[..., start:end, None])
+        out.copy_(num)
+        work.advance(gates, chunk, ks, vs, c, n)
+    if not normalize:
+        r.zero_()
+        den.fill_(1.0)
+    return h, c.view(c0.shape), n.view(n0.shape), gates.m[..., -1].to(m0.dtype, copy=True), r, den
+
+
+@_forward.register_fake
+def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
+    batch, time, heads, _ = q.shape
+    h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    r = c0.new_empty(batch, heads, time)
+    return h, c0.new_empty(c0.shape), n0.new_empty(n0.shape), m0.new_empty(m0.shape), r, r.clone()
+
+
+@torch.library.custom_op("openxlstm::mlstm_chunkwise_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    reset: Tensor | None,
+    h: Tensor,
+    r: Tensor,
+    den: Tensor,
+    dh: Tensor | None,
+    dc_last: Tensor | None,
+    dn_last: Tensor | None,
+    dm_last: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, i, f, c0, n0, m0."""
+    batch, time, heads, _ = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dc = c0.new_zeros(c0.shape) if dc_last is None else dc_last.clone(memory_format=torch.contiguous_format)
+    dn = n0.new_zeros(n0.shape) if dn_last is None else dn_last.clone(memory_format=torch.contiguous_format)
+    if time == 0:
+        dm = m0.new_zeros(m0.shape) if dm_last is None or sigmoid else dm_last.clone()
+        return dq, dk, dv, torch.zeros_like(i), torch.zeros_like(f), dc, dn, dm
+    dc, dn = dc.flatten(0, 1), dn.flatten(0, 1)
+    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
+    work = _Workspace(q, k, v, c0, chunk_size)
+    c_states, n_states = _states(work, gates, k, v, c0, n0)
+
+    wide = gates.m.dtype
+    rho = torch.zeros_like(r)
+    path = None
+    if normalize and dh is not None:
+        projected = (dh.to(work.dtype) * h.to(work.dtype)).sum(-1).transpose(1, 2) / den  # dh . h / den
+        floor = (-gates.m).exp().to(r.dtype)
+        rho = torch.where(r.abs() > floor, -r.sign() * projected, 0.0)
+        path = projected.to(wide) * -eps
+    row_flow = torch.zeros(batch, heads, work.chunks, chunk_size, dtype=wide, device=q.device)
+    chunk_flow = torch.zeros(batch, heads, work.chunks, dtype=wide, device=q.device)
+    di = torch.empty(batch, heads, time, dtype=wide, device=q.device)
+
+    flow = _inner(c_states[-1], dc, n_states[-1], dn).view(batch, heads)
+    last_flow = flow
+    for chunk in range(work.chunks - 1, -1, -1):
+        chunk_flow[..., chunk] = flow
+        start, end = work.span(chunk)
+        length = end - start
+        qs, ks, vs = (work.operand(name, x, chunk) for name, x in (("q", q), ("k", k), ("v", v)))
+        c, n = c_states[chunk], n_states[chunk]
+        tile = work.decay(gates, chunk).mul_(work.scale)
+        beta = (work.scalars(gates.carry_in, chunk) * work.scale)[..., None]
+        to_state = work.scalars(gates.to_state, chunk)[..., None]
+        keep = gates.keep[:, :, chunk].flatten().to(work.dtype)
+
+        weighted = work.buffer("weighted_k", *ks.shape)
+        torch.mul(ks, to_state, out=weighted)
+        d_value = work.multiply("d_value", work.product(weighted), work.product(dc))
+        d_key = work.multiply("d_key", vs, work.product(dc).transpose(1, 2)).add_(dn[:, None]).mul_(to_state)
+        if dh is not None:
+            rho_rows = rho[..., start:end].flatten(0, 1)[..., None]
+            y = work.buffer("y", batch, heads, length, work.v_dim)
+            torch.div(dh[:, start:end].transpose(1, 2), den[..., start:end, None], out=y)
+            y = work.product(y.flatten(0, 1))
+            scores = work.multiply("scores", qs, ks.transpose(1, 2)).mul_(tile)
+            work.accumulate(d_value, work.product(scores).transpose(1, 2), y)
+            d_scores = work.multiply("d_scores", y, vs.transpose(1, 2)).add_(rho_rows).mul_(tile)
+            d_scores = work.product(d_scores)
+            d_query = work.multiply("d_query", y, work.product(c).transpose(1, 2))
+            d_query.addcmul_(rho_rows, n[:, None]).mul_(beta)
+            work.accumulate(d_query, d_scores, ks)
+            work.accumulate(d_key, d_scores.transpose(1, 2), qs)
+            carried = work.buffer("carried_q", *qs.shape)
+            torch.mul(qs, beta, out=carried)
+            dc.mul_(keep[:, None, None])
+            work.accumulate(dc, work.product(carried).transpose(1, 2), y)
+            dn.mul_(keep[:, None]).add_((carried * rho_rows).sum(1))
+            outgoing = (d_query * qs).sum(-1, dtype=wide)
+        else:
+            d_query = work.buffer("d_query", *qs.shape).zero_()
+            dc.mul_(keep[:, None, None])
+            dn.mul_(keep[:, None])
+            outgoing = 0.0
+        incoming = (d_key * ks).sum(-1, dtype=wide)
+        di[..., start:end] = incoming.view(batch, heads, length)
+        row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
+        for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):
+            total[:, start:end].copy_(part.view(batch, heads, length, -1).transpose(1, 2))
+        flow = _inner(c, dc, n, dn).view(batch, heads)
+
+    path_end = None
+    if not sigmoid:
+        path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow
+        path = torch.zeros_like(di) if path is None else path
+    else:
+        path = None
+    d_i, d_f, d_m = gradients(gates, row_flow, chunk_flow, di, path, path_end, i, f, sigmoid)
+    dm0 = torch.zeros_like(d_m) if sigmoid else d_m + flow
+    return (
+        dq,
+        dk,
+        dv,
+        d_i.to(i.dtype).contiguous(),
+        d_f.to(f.dtype).contiguous(),
+        dc.view(c0.shape),
+        dn.view(n0.shape),
+        dm0.to(m0.dtype),
+    )
+
+
+@_backward.register_fake
+def _(q, k, v, i, f, c0, n0, m0, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
+
+
+def _states(
+    work: _Workspace, gates: Gates, k: Tensor, v: Tensor, c0: Tensor, n0: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The states entering every chunk and the one leaving the last: (N + 1, B * H, ...)."""
+    c = torch.empty(work.chunks + 1, *c0.flatten(0, 1).shape, dtype=c0.dtype, device=c0.device)
+    n = torch.empty(work.chunks + 1, *n0.flatten(0, 1).shape, dtype=n0.dtype, device=n0.device)
+    c[0], n[0] = c0.flatten(0, 1), n0.flatten(0, 1)
+    for chunk in range(work.chunks):
+        ks, vs = work.operand("k", k, chunk), work.operand("v", v, chunk)
+        c[chunk + 1], n[chunk + 1] = c[chunk], n[chunk]
+        work.advance(gates, chunk, ks, vs, c[chunk + 1], n[chunk + 1])
+    return c, n
+
+
+def _inner(c: Tensor, dc: Tensor, n: Tensor, dn: Tensor) -> Tensor:
+    """<C, dC> + n . dn per head, summed in float64 where it exists."""
+    total = torch.bmm(c.flatten(1)[:, None], dc.flatten(1)[..., None]).flatten()
+    return total.to(torch.float64 if c.device.type != "mps" else c.dtype) + (n * dn).sum(-1)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size = inputs
+    h, _, _, _, r, den = output
+    ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, reset, h, r, den)
+    ctx.options = (sigmoid, normalize, eps, chunk_size)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dh, dc, dn, dm, _dr, _dden):
+    grads = _backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
+    return (*grads, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    reset: Tensor | None,
+    *,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chunkwise mLSTM; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
+    size = chunk_size or default_chunk_size(q.shape[-1], v.shape[-1], q.shape[1])
+    h, c, n, m, _, _ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, size)
+    return h, c, n, m

@@ -1,0 +1,119 @@
+"""Running a language model for generation: prompts in pieces, then one token at a time.
+
+A recurrent model reads a prompt of any length with the memory of one piece: each piece goes through the
+parallel (chunkwise) form and hands its state to the next. After that every token costs the same time and
+memory, however long the text has become. All but the last token of a prompt are read this way; the last one
+is the first decode step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openxlstm.state import ModelState
+
+
+class ModelRunner:
+    """A language model in evaluation mode without gradients, whatever mode the caller left it in.
+
+    Args:
+        model: a language model (``vocab_size``, ``forward``, ``step``, ``initial_state``). Its training flags
+            are restored after every call.
+        prefill_chunk: tokens of a prompt that are read at once; bounds the memory of a long prompt.
+
+    Raises:
+        ValueError: ``model`` is not a language model, or ``prefill_chunk`` is not positive.
+    """
+
+    def __init__(self, model: nn.Module, prefill_chunk: int = 512) -> None:
+        missing = [n for n in ("vocab_size", "step", "initial_state") if not hasattr(model, n)]
+        if not isinstance(model, nn.Module) or missing:
+            raise ValueError(
+                f"a {type(model).__name__} cannot generate text: pass a language model such as xLSTMLMModel "
+                f"or xLSTMLarge{' (missing: ' + ', '.join(missing) + ')' if missing else ''}"
+            )
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1 token, got {prefill_chunk}")
+        self.model: Any = model
+        self.prefill_chunk = prefill_chunk
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, V."""
+        return self.model.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with torch.inference_mode():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def initial_state(self) -> ModelState:
+        """The state before any token, batch of 1."""
+        with self._evaluating():
+            return self.model.initial_state(1, device=self.device)
+
+    def pieces(self, tokens: Sequence[int]) -> Iterator[list[int]]:
+        """``tokens`` cut into pieces of at most ``prefill_chunk``."""
+        for start in range(0, len(tokens), self.prefill_chunk):
+            yield list(tokens[start : start + self.prefill_chunk])
+
+    def read(self, tokens: Sequence[int], state: ModelState) -> ModelState:
+        """The state after one piece of text (batch of 1). The state passed in stays as it is."""
+        with self._evaluating():
+            batch = torch.tensor([list(tokens)], dtype=torch.long, device=self.device)
+            _, state = self.model(batch, state, return_state=True)
+        return state
+
+    def step(self, tokens: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token for every row: logits (B, V) of the next tokens, and the new state."""
+        with self._evaluating():
+            batch = torch.tensor(tokens, dtype=torch.long, device=self.device)[:, None]
+            logits, state = self.model.step(batch, state)
+        return logits[:, -1], state
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            ValueError: naming the first such id.
+        """
+        for position, token in enumerate(tokens):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token id {token} at position {position} is out of range: the model has "
+                    f"{self.vocab_size} tokens (0 to {self.vocab_size - 1}). Does the tokenizer belong to it?"
+                )
+
+    def architecture(self) -> str:
+        """A digest of the model's type and of the names and shapes of its parameters."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        return digest.hexdigest()[:16]
+
+    def weights(self) -> str:
+        """A digest of a few values of every parameter, rounded to bfloat16: the same in every dtype."""
+        digest = hashlib.sha256()
+        for _, parameter in self.model.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            ends = torch.cat([flat[:8], flat[-8:]]).to("cpu", torch.bfloat16)
+            digest.update(ends.float().numpy().tobytes())
+        return digest.hexdigest()[:16]

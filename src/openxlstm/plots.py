@@ -1,0 +1,128 @@
+"""Pictures. The only module that imports matplotlib, when something is drawn, without a display."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openxlstm.runtime import atomic_write_bytes
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+TRAINING, VALIDATION = "#2f6fde", "#d9480f"
+BASELINES = ("#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d")
+
+
+def plot_loss_curve(
+    log: str | Path | Sequence[Mapping[str, Any]],
+    output: str | Path,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw the learning curve of a run over its steps, with baselines as horizontal lines.
+
+    The unit is bits per byte if the log has it, else nats per token.
+
+    Args:
+        log: a run's ``log.jsonl``, or its records.
+        output: image file; the suffix (``.png``, ``.svg``, ``.pdf``) decides the format.
+        baselines: name to value, in the unit of the curve.
+        title: heading.
+
+    Returns:
+        ``output`` as a path.
+
+    Raises:
+        FileNotFoundError: the log does not exist.
+        ValueError: the log has no training or validation record.
+        ImportError: matplotlib is not installed (``pip install 'openxlstm[train]'``).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = _read(log) if isinstance(log, (str, Path)) else list(log)
+    unit = "bits_per_byte" if any("bits_per_byte" in record for record in records) else "loss"
+    training = _series(records, "train", unit)
+    validation = _series(records, "validation", unit)
+    if not training and not validation:
+        raise ValueError("the log has no training or validation record, so there is no curve to draw")
+
+    figure = Figure(figsize=(8.5, 5.0), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if training:
+        steps, values = zip(*training, strict=True)
+        axes.plot(steps, values, color=TRAINING, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=TRAINING, linewidth=1.8, label="training (smoothed)")
+    if validation:
+        steps, values = zip(*validation, strict=True)
+        label = f"validation: {values[-1]:.3f} at the end"
+        axes.plot(steps, values, color=VALIDATION, linewidth=1.8, marker="o", markersize=3.5, label=label)
+    for index, (name, value) in enumerate((baselines or {}).items()):
+        color = BASELINES[index % len(BASELINES)]
+        axes.axhline(value, color=color, linewidth=1.3, linestyle=(0, (5, 3)), label=f"{name}: {value:.3f}")
+
+    shown = [value for _, value in validation] + list((baselines or {}).values())
+    shown += _smooth([value for _, value in training])
+    axes.set_ylim(*_limits(shown))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+    if title:
+        axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    axes.legend(frameon=False, labelcolor=INK)
+
+    output = Path(output)
+    image = io.BytesIO()
+    figure.savefig(image, format=output.suffix.lstrip(".") or "png")
+    atomic_write_bytes(output, image.getvalue())
+    return output
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a JSON Lines file; lines that are not JSON (cut short by a crash) are left out."""
+    records: list[dict[str, Any]] = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _series(records: Sequence[Mapping[str, Any]], kind: str, unit: str) -> list[tuple[int, float]]:
+    """(step, value) of the records of ``kind`` that have a value."""
+    return [
+        (record["step"], record[unit])
+        for record in records
+        if record.get("kind") == kind and isinstance(record.get(unit), (int, float))
+    ]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a hundredth of the curve, without the bias of its first values."""
+    rate = min(1.0, 100 / max(len(values), 1))
+    mean = weight = 0.0
+    result: list[float] = []
+    for value in values:
+        mean += rate * (value - mean)
+        weight += rate * (1 - weight)
+        result.append(mean / weight)
+    return result
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Range of the vertical axis: what matters is the end of the curve, so a high start may be cut off."""
+    low, ordered = min(values), sorted(values)
+    high = max(ordered[int(0.97 * (len(ordered) - 1))], low + 1e-3)
+    margin = 0.06 * (high - low)
+    return low - margin, high + 3 * margin

@@ -1,0 +1,35 @@
+"""Whole models: the block stack, the language models, the ``nn.LSTM``-shaped module, their accounting."""
+
+from openxlstm.layers import (
+    FeedForwardConfig,
+    mLSTMBlockConfig,
+    mLSTMLayerConfig,
+    sLSTMBlockConfig,
+    sLSTMLayerConfig,
+)
+from openxlstm.models.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig
+from openxlstm.models.language_model import LanguageModel
+from openxlstm.models.large import xLSTMLarge, xLSTMLargeConfig
+from openxlstm.models.lm_model import xLSTMLMModel, xLSTMLMModelConfig
+from openxlstm.models.pattern import slstm_positions
+from openxlstm.models.registry import MODEL_TYPES, build_config, build_model, model_type_of
+
+__all__ = [
+    "MODEL_TYPES",
+    "FeedForwardConfig",
+    "LanguageModel",
+    "build_config",
+    "build_model",
+    "mLSTMBlockConfig",
+    "mLSTMLayerConfig",
+    "model_type_of",
+    "sLSTMBlockConfig",
+    "sLSTMLayerConfig",
+    "slstm_positions",
+    "xLSTMBlockStack",
+    "xLSTMBlockStackConfig",
+    "xLSTMLMModel",
+    "xLSTMLMModelConfig",
+    "xLSTMLarge",
+    "xLSTMLargeConfig",
+]

@@ -1,0 +1,44 @@
+"""Block-diagonal linear maps: each head (or small block of channels) is mapped on its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+
+from openxlstm.layers.initialization import small_init_, zero_
+
+
+class LinearHeadwise(nn.Module):
+    """y[head, out] = sum_in weight[head, out, in] x[head, in] (+ bias).
+
+    Args:
+        features: width of input and output.
+        num_heads: number of equal blocks the width is cut into.
+        bias: add a bias, (features).
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``features``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, features: int, num_heads: int, bias: bool = False) -> None:
+        super().__init__()
+        if num_heads < 1 or features % num_heads:
+            raise ValueError(
+                f"{num_heads} blocks do not divide a width of {features}; choose a divisor of {features}"
+            )
+        self.num_heads = num_heads
+        head_dim = features // num_heads
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(features)) if bias else None)
+        self.reset_parameters(head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., features) -> (..., features)
+        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.num_heads, -1)), self.weight).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+    def reset_parameters(self, dim: int, generator: Generator | None = None) -> None:
+        """Small init for width ``dim`` (the models pass the width of their residual stream), bias 0."""
+        small_init_(self.weight, dim, generator)
+        zero_(self.bias)

@@ -1,0 +1,110 @@
+"""What both language models share: checks on tokens and states, and the split for weight decay."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from openxlstm.state import ModelState, leaves
+
+
+class LanguageModel(nn.Module, abc.ABC):
+    """A model from tokens (B, T) to logits (B, T, V) that can also go one token at a time."""
+
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens V."""
+        return self.config.vocab_size
+
+    @abc.abstractmethod
+    def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """Advance by one token: tokens (B, 1) -> (logits (B, 1, V), state)."""
+
+    @abc.abstractmethod
+    def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
+        """The empty state: zeros."""
+
+    @abc.abstractmethod
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Draw the published initial values, from ``generator`` or PyTorch's global generator."""
+
+    @abc.abstractmethod
+    def weight_decay_split(self) -> tuple[list[str], list[str]]:
+        """Names of the parameters that weight decay applies to, and of those it does not."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two parameter groups for AdamW: with ``weight_decay``, and without."""
+        parameters = dict(self.named_parameters())
+        decay, no_decay = self.weight_decay_split()
+        return [
+            {"params": [parameters[name] for name in decay], "weight_decay": weight_decay},
+            {"params": [parameters[name] for name in no_decay], "weight_decay": 0.0},
+        ]
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse anything but integer tokens (B, T) in [0, vocab_size). While compiling, ids are not checked.
+
+    Raises:
+        ValueError: wrong shape, dtype, or a token id out of range.
+    """
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"tokens must be integers of shape (batch, time), got {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(tokens))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"token id {bad} is out of range for a vocabulary of {vocab_size} (0 to {vocab_size - 1}); "
+            "was the text encoded with another tokenizer?"
+        )
+
+
+def check_step_input(x: Tensor) -> None:
+    """Refuse anything but one position, (B, 1) or (B, 1, E).
+
+    Raises:
+        ValueError: more or fewer positions.
+    """
+    if x.ndim < 2 or x.shape[1] != 1:
+        raise ValueError(
+            f"step takes one position, shape (batch, 1, ...), got {tuple(x.shape)}; use forward for sequences"
+        )
+
+
+def check_state(state: ModelState | None, num_blocks: int, batch_size: int) -> None:
+    """Refuse a state of another model or batch.
+
+    Raises:
+        ValueError: wrong number of blocks or rows.
+    """
+    if state is None:
+        return
+    if len(state.blocks) != num_blocks:
+        raise ValueError(
+            f"the state belongs to a model of {len(state.blocks)} blocks, this one has {num_blocks}"
+        )
+    rows = leaves(state)[0].shape[0]
+    if rows != batch_size:
+        raise ValueError(
+            f"the state holds {rows} sequences, the input {batch_size}; "
+            "select, stack or fork the state to match"
+        )
+
+
+def split_names(parameters: Iterable[tuple[str, Any]], decays: Any) -> tuple[list[str], list[str]]:
+    """Names for which ``decays(name, parameter)`` holds, and the others, both in order."""
+    decay: list[str] = []
+    no_decay: list[str] = []
+    for name, parameter in parameters:
+        (decay if decays(name, parameter) else no_decay).append(name)
+    return decay, no_decay

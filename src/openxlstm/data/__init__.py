@@ -1,0 +1,77 @@
+"""Text to training batches: sources, preparation into token shards, and the loader.
+
+>>> corpus = open_corpus("texts/")                                         # doctest: +SKIP
+>>> tokenizer = train_bpe(corpus.texts("train"), vocab_size=8192)          # doctest: +SKIP
+>>> print(prepare(corpus, "data/", tokenizer).summary())                   # doctest: +SKIP
+>>> dataset = TokenDataset.open("data/", "train")                          # doctest: +SKIP
+>>> loader = PackedLoader(dataset, batch_size=8, context_length=512)       # doctest: +SKIP
+
+Names are imported when first used, so that the worker processes of :func:`prepare` start without PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openxlstm.data.corpus import Corpus, CorpusDocument, open_corpus
+    from openxlstm.data.dataset import TokenDataset
+    from openxlstm.data.loader import Batch, PackedLoader
+    from openxlstm.data.preparation import prepare
+    from openxlstm.data.shards import Manifest
+    from openxlstm.data.sources import (
+        FileTree,
+        JSONLines,
+        Source,
+        TextFile,
+        Texts,
+        as_source,
+        python_standard_library,
+    )
+
+_MODULES = {
+    "Batch": "loader",
+    "Corpus": "corpus",
+    "CorpusDocument": "corpus",
+    "FileTree": "sources",
+    "JSONLines": "sources",
+    "Manifest": "shards",
+    "PackedLoader": "loader",
+    "Source": "sources",
+    "TextFile": "sources",
+    "Texts": "sources",
+    "TokenDataset": "dataset",
+    "as_source": "sources",
+    "open_corpus": "corpus",
+    "prepare": "preparation",
+    "python_standard_library": "sources",
+}
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "CorpusDocument",
+    "FileTree",
+    "JSONLines",
+    "Manifest",
+    "PackedLoader",
+    "Source",
+    "TextFile",
+    "Texts",
+    "TokenDataset",
+    "as_source",
+    "open_corpus",
+    "prepare",
+    "python_standard_library",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

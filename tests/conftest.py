@@ -36,8 +36,8 @@ def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error, in float64."""
-    difference = torch.linalg.vector_norm(actual.double() - expected.double())
-    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
+    difference = torch.linalg.vector_norm(actual.detach().double() - expected.detach().double())
+    return float(difference / torch.linalg.vector_norm(expected.detach().double()).clamp_min(1e-30))
 
 
 @pytest.fixture(scope="session")

@@ -90,10 +90,10 @@ class sLSTMLayerConfig:
 class sLSTMCell(nn.Module):
     """Recurrent weights and biases of the cell, in the published "vanilla" layout.
 
-    ``_recurrent_kernel_`` is (H, 4 D, D) = [head, gate out, in], ``_bias_`` is (4 H D) = [gate, head, d]; the
-    gates are in the order i, f, z, o. State dicts written by the published CUDA backend have (H, D, 4 D) = [head,
-    in, gate out] and biases [head, gate, d] under the same names; they are recognised by the shape of the
-    kernel and converted on loading.
+    ``_recurrent_kernel_`` is (H, 4 D, D) = [head, gate out, in], ``_bias_`` is (4 H D) = [gate, head, d], the
+    gates in the order i, f, z, o. The published CUDA backend writes (H, D, 4 D) = [head, in, gate out] and
+    biases [head, gate, d] under the same names; such state dicts are known by the shape of the kernel and
+    converted on loading.
     """
 
     def __init__(self, config: sLSTMLayerConfig) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from openxlstm.config import nearest_name
 from openxlstm.ops import dispatch
 from openxlstm.ops.packing import check_boundaries
-from openxlstm.ops.rnn import reference
+from openxlstm.ops.rnn import reference, scan
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.documents import run_documents
 from openxlstm.state import ElmanState, GRUState, LSTMState, map_state, sLSTMState
@@ -20,7 +20,14 @@ CellName = Literal["slstm", "lstm", "gru", "elman"]
 RNNState = sLSTMState | LSTMState | GRUState | ElmanState
 
 dispatch.register(
-    "rnn", "recurrent", reference.recurrent, priority=5, description="the definition, a loop autograd follows"
+    "rnn",
+    "scan",
+    scan.scan,
+    priority=10,
+    description="portable PyTorch, few operations per step, exact hand-written backward",
+)
+dispatch.register(
+    "rnn", "recurrent", reference.recurrent, priority=0, description="the definition, a loop autograd follows"
 )
 dispatch.register(
     "rnn_step", "recurrent", reference.step, priority=10, description="the definition, one token"
@@ -102,17 +109,18 @@ def rnn(
             LSTM, r, z, n for the GRU, one gate for Elman.
         weight: recurrent weight (G, H, D_out, D_in); gates g, r, z for the GRU.
         bias: (G, H, D) or None; gates g, r, z, n for the GRU.
-        state: state to start from, leaves (B, H, D); None is the empty state. It is not changed.
+        state: state to start from, leaves (B, H, D); None is the empty state. It is not changed. An sLSTM
+            treats elements with ``n == 0`` as empty (their c must be 0 too); n is never negative.
         return_state: also return the state after the last position.
-        cu_seqlens: int32 offsets (N + 1,) of N documents laid end to end in a batch of 1 (empty ones allowed);
-            states then have leading dimension N.
+        cu_seqlens: int32 offsets (N + 1,) of N documents laid end to end in a batch of 1 (empty ones
+            allowed); states then have leading dimension N.
         reset: bool (B, T), True where a position starts a new document from the empty state. A row's
             ``state`` acts up to its first reset. Give this or ``cu_seqlens``.
-        normalizer_floor: sLSTM only. None is the convention of the xLSTM package (gates clamped to at most 1);
-            a positive number, 1.0 for FlashRNN, also keeps the normaliser ``n`` at least that large. With
-            states that come from the empty state ``n >= 1`` holds anyway; the two differ for other states.
-        backend: ``"auto"`` or a name; see :func:`openxlstm.ops.explain`. ``"recurrent"`` can be differentiated
-            more than once.
+        normalizer_floor: sLSTM only. None is the convention of the xLSTM package (gates clamped to at most
+            1); a positive number, 1.0 for FlashRNN, keeps the normaliser ``n`` at least that large too. After
+            any step from the empty state ``n >= 1`` holds anyway; 1.0 matters only for states made by hand.
+        backend: ``"auto"`` or a name; see :func:`openxlstm.ops.explain`. ``"recurrent"`` can be
+            differentiated more than once.
 
     Returns:
         h (B, T, H, D) in the dtype of x; with ``return_state`` also the state after the last position, of the
@@ -206,8 +214,8 @@ def _check_parameters(
     _, _, gates, heads, d = x.shape
     if gates != len(cell.input_gates):
         raise ValueError(
-            f"x of cell '{cell.name}' must have {len(cell.input_gates)} gates ({', '.join(cell.input_gates)}) "
-            f"in dimension -3, got {gates} in shape {tuple(x.shape)}"
+            f"x of cell '{cell.name}' must have {len(cell.input_gates)} gates "
+            f"({', '.join(cell.input_gates)}) in dimension -3, got {gates} in shape {tuple(x.shape)}"
         )
     if heads == 0 or d == 0:
         raise ValueError(f"x must have at least one head of at least one dimension, got {tuple(x.shape)}")

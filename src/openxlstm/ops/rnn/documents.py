@@ -8,6 +8,7 @@ and the others run on. No padded position is ever computed and no document can s
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def run_documents(
     the one it came with).
     """
     offsets = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])  # longest first
     starts = torch.tensor([offsets[n] for n in order], device=x.device)
     state = map_state(lambda s: s[torch.tensor(order, device=x.device)], state)

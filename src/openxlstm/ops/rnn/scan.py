@@ -1,0 +1,230 @@
+"""Backend ``scan``: a loop over time with few operations per step and an exact hand-written backward pass.
+
+``openxlstm::rnn_scan`` is one custom op, so autograd records one node however long the sequence is, and
+``torch.compile`` sees one call. Each forward step is one batched matrix product, added in place onto the
+prepared input, and the operations of :mod:`openxlstm.ops.rnn.scan_cells`. The backward pass walks back over
+time only for what is recurrent, ``dh[t-1] = R^T dp[t]``; the gradients of weight and bias are one matrix
+product and one sum over all positions afterwards.
+
+A reset clears the state of its rows exactly, and the gradient on the way back: no value, not even NaN,
+crosses a boundary. Rows of a batch share no arithmetic, so what one row contains never changes another.
+
+Not twice differentiable; the backend ``recurrent`` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openxlstm.ops.rnn.cells import CELLS, Cell
+from openxlstm.ops.rnn.reference import head_matrices
+from openxlstm.ops.rnn.scan_cells import STEPS, by_time
+
+_BLOCK_ELEMENTS = 32768
+"""Size of one coefficient of a backward block: a few dozen of them fit the second-level cache."""
+
+
+def scan(
+    cell: Cell,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Any,
+    reset: Tensor | None,
+    normalizer_floor: float | None,
+) -> tuple[Tensor, Any]:
+    """Run ``cell`` over time; arguments and results as for :func:`openxlstm.ops.rnn.reference.recurrent`."""
+    stacked = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
+    h, last, *_ = _forward(cell.name, x, weight, bias, stacked, reset, normalizer_floor)
+    return h, cell.state_type(*last.transpose(1, 2).unbind(0))
+
+
+def _new_buffers(cell: Cell, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty hs, gates, memory and factors for a run over x (B, T, G, H, D)."""
+    batch, time, _, heads, d = x.shape
+    steps = STEPS[cell.name]
+
+    def empty(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(heads, time + 1, batch, d),
+        empty(heads, time, batch, len(cell.bias_gates), d),
+        empty(time + 1, steps.memory_slots, heads, batch, d),
+        empty(time, steps.factor_slots, heads, batch, d),
+    )
+
+
+def _drops(reset: Tensor | None, time: int) -> list[Tensor | None]:
+    """For each position the rows that start empty there, (B, 1), or None when there are none."""
+    if reset is None:
+        return [None] * time
+    rows = reset.t().unsqueeze(-1).unbind(0)
+    return [row if some else None for row, some in zip(rows, reset.any(0).tolist(), strict=True)]
+
+
+def _fill_inputs(cell: Cell, gates: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    """Write input and bias into gates (H, T, B, G_b, D): the pre-activations but for the recurrent part."""
+    first = gates.shape[3] - x.shape[2]  # slots before it have no input (the GRU's g)
+    inputs = x.permute(3, 1, 0, 2, 4)
+    if bias is None:
+        gates[:, :, :, :first] = 0
+        gates[:, :, :, first:] = inputs
+    else:
+        bias = bias.transpose(0, 1)[:, None, None]
+        gates[:, :, :, :first] = bias[:, :, :, :first]
+        torch.add(inputs, bias[:, :, :, first:], out=gates[:, :, :, first:])
+
+
+@torch.library.custom_op("openxlstm::rnn_scan", mutates_args=())
+def _forward(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None,
+    normalizer_floor: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h (B, T, H, D), the last state (S, H, B, D), and hs, gates, memory, factors for the backward pass."""
+    kind = CELLS[cell]
+    batch, time, _, heads, _ = x.shape
+    with torch.autocast(x.device.type, enabled=False):
+        hs, gates, memory, factors = _new_buffers(kind, x, weight.dtype)
+        _fill_inputs(kind, gates, x, bias)
+        hs[:, 0] = state[0]
+        matrices = head_matrices(weight)
+        recurrent = gates.view(heads, time, batch, -1)[..., : matrices.shape[2]].unbind(1)
+        steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
+        steps.start(state)
+        for t, drop in enumerate(_drops(reset, time)):
+            h = steps.h[t] if drop is None else steps.h[t].masked_fill(drop, 0)
+            recurrent[t].baddbmm_(h, matrices)
+            steps.forward(t, h, drop)
+        last = torch.stack([steps.h[-1], *steps.last()])
+        h = hs[:, 1:].permute(2, 1, 0, 3).clone(memory_format=torch.contiguous_format)
+        return h, last, hs, gates, memory, factors
+
+
+@_forward.register_fake
+def _(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None,
+    normalizer_floor: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, time, _, heads, d = x.shape
+    h = x.new_empty((batch, time, heads, d), dtype=weight.dtype)
+    return h, state.new_empty(state.shape), *_new_buffers(CELLS[cell], x, weight.dtype)
+
+
+@torch.library.custom_op("openxlstm::rnn_scan_backward", mutates_args=())
+def _backward(
+    cell: str,
+    d_hs: Tensor,
+    d_last: Tensor | None,
+    weight: Tensor,
+    reset: Tensor | None,
+    hs: Tensor,
+    gates: Tensor,
+    memory: Tensor,
+    factors: Tensor,
+    normalizer_floor: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations (H, T, B, G_b, D), the weight and the initial state (S, H, B, D)."""
+    with torch.autocast(hs.device.type, enabled=False):
+        heads, time, batch, slots, d = gates.shape
+        matrices = head_matrices(weight).transpose(1, 2).contiguous()  # (H, G_r * D_out, D_in)
+        d_gates = torch.empty_like(gates)
+        d_recurrent = d_gates.view(heads, time, batch, slots * d)[..., : matrices.shape[1]]
+        h_before, rows = hs[:, :-1], None  # (H, T, B, D), (T, B, 1)
+        if reset is not None:
+            rows = reset.t().unsqueeze(-1)
+            h_before = h_before.masked_fill(rows, 0)
+        drops = _drops(reset, time)
+        steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
+        steps.start_backward(d_gates, d_last, by_time(h_before))
+
+        from_next = d_recurrent.unbind(1)
+        direct = None if d_last is None else d_last[0]
+        through: Tensor | None = None
+        block = max(1, _BLOCK_ELEMENTS // max(1, heads * batch * d))
+        for end in range(time, 0, -block):
+            begin = max(0, end - block)
+            steps.prepare(begin, end, None if rows is None else rows[begin:end])
+            upstream = d_hs[:, begin:end].permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
+            for t, d_h in zip(reversed(range(begin, end)), reversed(upstream.unbind(0)), strict=True):
+                if direct is not None:
+                    d_h.add_(direct)
+                if through is not None:
+                    d_h.baddbmm_(through, matrices)
+                drop = drops[t]
+                direct, through = steps.backward(t, t - begin, d_h, drop), from_next[t]
+                if drop is not None:
+                    direct = None if direct is None else direct.masked_fill_(drop, 0)
+                    through = through.masked_fill(drop, 0)
+
+        d_h = torch.bmm(from_next[0] if through is None else through, matrices)
+        if direct is not None:
+            d_h += direct
+        d_weight = torch.bmm(d_recurrent.reshape(heads, time * batch, -1).mT, h_before.reshape(heads, -1, d))
+        d_weight = d_weight.view(heads, -1, d, d).transpose(0, 1).contiguous()
+        return d_gates, d_weight, torch.stack([d_h, *steps.first_gradients()])
+
+
+@_backward.register_fake
+def _(
+    cell: str,
+    d_hs: Tensor,
+    d_last: Tensor | None,
+    weight: Tensor,
+    reset: Tensor | None,
+    hs: Tensor,
+    gates: Tensor,
+    memory: Tensor,
+    factors: Tensor,
+    normalizer_floor: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, _, batch, _, d = gates.shape
+    states = len(CELLS[cell].state_type._fields)
+    return (
+        torch.empty_like(gates),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        gates.new_empty((states, heads, batch, d)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, x, weight, bias, _, reset, floor = inputs
+    ctx.save_for_backward(weight, reset, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.cell, ctx.floor, ctx.x_dtype, ctx.gates, ctx.has_bias = (
+        cell,
+        floor,
+        x.dtype,
+        x.shape[2],
+        bias is not None,
+    )
+
+
+def _differentiate(ctx: Any, d_h: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Any, ...]:
+    weight, reset, hs, gates, memory, factors = ctx.saved_tensors
+    if d_h is None:
+        heads, time, batch, _, d = gates.shape
+        d_h = gates.new_zeros((batch, time, heads, d))
+    d_gates, d_weight, d_state = _backward(
+        ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor
+    )
+    d_x = d_gates[:, :, :, gates.shape[3] - ctx.gates :].permute(2, 1, 3, 0, 4).to(ctx.x_dtype)
+    d_bias = d_gates.sum((1, 2)).transpose(0, 1) if ctx.has_bias else None
+    return None, d_x, d_weight, d_bias, d_state, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -125,7 +125,7 @@ def _coerce(hint: Any, value: Any, where: str, ignore_unknown: bool) -> Any:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Turn a dataclass into nested plain dictionaries (constructor fields only) that YAML and JSON can hold."""
+    """Turn a dataclass into nested plain dictionaries (constructor fields only) for YAML and JSON."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
 
 

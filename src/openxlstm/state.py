@@ -20,7 +20,7 @@ from torch import Tensor
 TreeT = TypeVar("TreeT")
 
 
-class mLSTMState(NamedTuple):  # noqa: N801
+class mLSTMState(NamedTuple):
     """State of an mLSTM, float32: the memory is ``exp(m) * c``, its normaliser ``exp(m) * n``."""
 
     c: Tensor
@@ -31,7 +31,7 @@ class mLSTMState(NamedTuple):  # noqa: N801
     """Stabiliser (log scale), (B, H)."""
 
 
-class sLSTMState(NamedTuple):  # noqa: N801
+class sLSTMState(NamedTuple):
     """State of an sLSTM, float32, each (B, H, D)."""
 
     h: Tensor

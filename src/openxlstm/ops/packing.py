@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -53,11 +55,7 @@ def check_boundaries(cu_seqlens: Tensor | None, reset: Tensor | None, batch: int
     if torch.compiler.is_compiling():
         return
     offsets = cu_seqlens.tolist()
-    if (
-        offsets[0] != 0
-        or offsets[-1] != time
-        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
-    ):
+    if offsets[0] != 0 or offsets[-1] != time or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {time}, got {offsets[:8]}...")
 
 

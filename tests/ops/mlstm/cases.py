@@ -121,7 +121,9 @@ def run(
         weight = torch.randn(y.shape, generator=g, dtype=torch.float64)
         if name in losses:
             loss = loss + (y.double() * weight).sum()
-    grads = torch.autograd.grad(loss, list(x.values()), allow_unused=True)
+    grads: tuple[Tensor | None, ...] = (None,) * len(x)
+    if loss.requires_grad:  # the sigmoid gate's last m is constant
+        grads = torch.autograd.grad(loss, list(x.values()), allow_unused=True)
     named = {
         name: torch.zeros_like(t) if grad is None else grad
         for (name, t), grad in zip(x.items(), grads, strict=True)

@@ -105,7 +105,7 @@ def mlstm(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, mLSTMState]:
-    """The mLSTM over whole sequences: matrix memory, exponential (or sigmoid) input gate (xLSTM, arXiv 2405.04517).
+    """The mLSTM over whole sequences: a matrix memory with exponential gating (arXiv 2405.04517).
 
     Gradients of every input are exact: through the normaliser, the stabiliser, the initial state and the
     returned state.
@@ -118,8 +118,8 @@ def mlstm(
             ``i = -inf`` adds nothing. The forget gate is a sigmoid.
         state: memory to start from, (B, ...); None is the empty state. It is not changed.
         return_state: also return the state after the last token.
-        cu_seqlens: int32 offsets (N + 1,) of N documents laid end to end in a batch of 1 (empty ones allowed);
-            states then have leading dimension N.
+        cu_seqlens: int32 offsets (N + 1,) of N documents (empty ones allowed) laid end to end in a batch of
+            1; states then have leading dimension N.
         reset: bool (B, T), True where a position starts a new document from the empty state. A row's
             ``state`` acts up to its first reset. Give this or ``cu_seqlens``.
         input_gate: ``"exp"``, or ``"sigmoid"`` (arXiv 2503.14376), whose state has m = 0 throughout.
@@ -191,7 +191,8 @@ def mlstm_step(
     """
     if q.ndim != 3:
         raise ValueError(f"q must have shape (B, H, DK) for one token, got {tuple(q.shape)}")
-    _check_sequence(*(x.unsqueeze(1) for x in (q, k, v, i, f)), None)
+    one_q, one_k, one_v, one_i, one_f = (x.unsqueeze(1) for x in (q, k, v, i, f))
+    _check_sequence(one_q, one_k, one_v, one_i, one_f, None)
     _check_options(input_gate, normalize)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype)

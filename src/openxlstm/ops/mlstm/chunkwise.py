@@ -1,24 +1,25 @@
 """The chunkwise mLSTM in PyTorch: linear in time, exact gradients, on any device.
 
 Time is cut into chunks of L. Within a chunk the quadratic form, between chunks the recurrence over the state
-(C, n), whose scalars :mod:`gates` has prepared (W, beta, a-bar, g-bar below). With the state (C, n) entering a
+(C, n); :mod:`gates` has prepared its scalars (W, beta, a-bar, g-bar below). With the state (C, n) entering a
 chunk and s = DK^-1/2:
 
     A = s (Q K^T) * W          num = A V + s beta Q C          r = A 1 + s beta Q n
     den = max(|r|, exp(-m)) + eps                              h = num / den
     C' = g-bar C + (a-bar K)^T V                               n' = g-bar n + (a-bar K)^T 1
 
-The backward (exact; nothing is treated as constant) rebuilds the states, then walks the chunks in reverse with
-the state gradient (dC, dn). With y = dh / den and rho = -sign(r) (dh . h) / den where |r| > exp(-m), else 0:
+The backward (exact; nothing is treated as constant) rebuilds the states, then walks the chunks in reverse
+with the state gradient (dC, dn). With y = dh / den and rho = -sign(r) (dh . h) / den where |r| > exp(-m),
+else 0:
 
     dS = s W * (y V^T + rho)
     dQ = dS K + s beta (y C^T + rho n)          dK = dS^T Q + a-bar (V dC'^T + dn')
     dV = A^T y + (a-bar K) dC'
     dC = g-bar dC' + (s beta Q)^T y             dn = g-bar dn' + (s beta Q)^T rho
 
-Nothing of size (T, T) and no per-step state is ever stored; the states between chunks live during the backward
-only. Products run in bfloat16 where inputs are bfloat16 and the device multiplies it natively, else in float32
-(float64 for float64 inputs); gates, normaliser and states are float32 at least.
+Nothing of size (T, T) and no per-step state is ever stored; the states between chunks live during the
+backward only. Products run in bfloat16 where inputs are bfloat16 and the device multiplies it natively, else
+in float32 (float64 for float64 inputs); gates, normaliser and states are float32 at least.
 
 Sources: Tiled Flash Linear Attention (arXiv 2503.14376) for the chunkwise form; derivation in
 docs/mathematics.md.
@@ -350,7 +351,7 @@ def _autograd(ctx, dh, dc, dn, dm, _dr, _dden):
     return (*grads, None, None, None, None, None)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("openxlstm::mlstm_chunkwise", _autograd, setup_context=_setup_context)
 
 
 def chunkwise(

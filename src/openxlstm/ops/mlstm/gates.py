@@ -142,7 +142,7 @@ def gradients(
     f: Tensor,  # (B, T, H)
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the gate pre-activations i, f (B, T, H) and of the initial m through the stabiliser (B, H).
+    """Gradients of the gates i, f (B, T, H) and, through the stabiliser only, of the initial m (B, H).
 
     The gradient of a log forget gate is the flow from positions before it to positions from it on, summed
     inside the chunk only. The stabiliser's own gradient runs backwards along m_t = l_t + m_{t-1} until a

@@ -35,7 +35,7 @@ def recurrent(
     eps: float,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step after the other. Returns h (B, T, H, DV) and the last c, n, m. ``chunk_size`` has no effect."""
+    """One step after the other: h (B, T, H, DV) and the last c, n, m. ``chunk_size`` has no effect."""
     outputs = []
     if sigmoid:
         m = torch.zeros_like(m)
@@ -119,7 +119,7 @@ def parallel(
     With ``D_ts = sum_{u=s+1..t} l_u + i_s`` for s <= t in the same document, ``m_t = max_s D_ts`` (and the
     path that carries the initial m), ``A = (s q k^T) * exp(D - m)``: ``num = A v``, ``r = A 1``.
     """
-    batch, time, heads, qk_dim = q.shape
+    time, qk_dim = q.shape[1], q.shape[-1]
     dtype = c.dtype
     if time == 0:
         return torch.zeros_like(v), c, n, torch.zeros_like(m) if sigmoid else m

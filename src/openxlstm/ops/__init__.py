@@ -3,6 +3,7 @@
 from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
 from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
+from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
 
 __all__ = [
     "explain",
@@ -11,4 +12,7 @@ __all__ = [
     "mlstm_step",
     "reset_from_cu_seqlens",
     "reset_from_document_ids",
+    "rnn",
+    "rnn_initial_state",
+    "rnn_step",
 ]

@@ -1,0 +1,66 @@
+"""What a checkpoint of a run holds, and whether it may be continued with the settings at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from torch import nn
+
+from openxlstm.config import config_to_dict
+from openxlstm.models import model_type_of
+from openxlstm.training.checkpointing import Checkpoint
+from openxlstm.training.config import TrainerConfig
+
+FIXED = ("batch_size", "seed")
+"""Settings that decide which tokens a step sees; a resumed run must keep them."""
+UNREMARKABLE = ("output", "device", "progress", "tensorboard")
+"""Settings whose change is not worth a line in the log."""
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The model's type and configuration as JSON holds them (for registered models, their ``config.json``)."""
+    config = getattr(model, "config", None)
+    values = config_to_dict(config) if dataclasses.is_dataclass(config) else {}
+    try:
+        kind = {"model_type": model_type_of(model)}  # pyright: ignore[reportArgumentType]
+    except ValueError:
+        kind = {"class": type(model).__name__}
+    return json.loads(json.dumps({**kind, **values}))
+
+
+def check_continuation(checkpoint: Checkpoint, model: nn.Module, config: TrainerConfig) -> dict[str, Any]:
+    """Refuse settings with which the run would not be continued but mangled.
+
+    Returns:
+        the training settings that differ, ``{name: [before, now]}``.
+
+    Raises:
+        ValueError: another model, another batch size or seed, or fewer steps than are done.
+    """
+    where = f"checkpoint '{checkpoint.path}'"
+    for name, (before, now) in _differences(checkpoint.state["model"], describe_model(model)).items():
+        raise ValueError(
+            f"{where} belongs to another model: {name} is {before!r} there and {now!r} here. "
+            "Resume with the model of the run, or choose another output directory"
+        )
+    if checkpoint.step > config.steps:
+        raise ValueError(
+            f"{where} has more than the {config.steps} steps asked for; raise steps to train further"
+        )
+    changed = _differences(checkpoint.state["train"], config_to_dict(config))
+    for name in FIXED:
+        if name in changed:
+            before, now = changed[name]
+            raise ValueError(
+                f"{name} must stay {before} when resuming {where}, got {now}: "
+                "it decides which tokens a step sees"
+            )
+    return {name: values for name, values in changed.items() if name not in UNREMARKABLE}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    names = [*before, *(name for name in now if name not in before)]
+    pairs = {name: [before.get(name), now.get(name)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

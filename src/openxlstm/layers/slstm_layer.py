@@ -24,7 +24,7 @@ from openxlstm.layers.initialization import linspace_, powerlaw_forget_bias, uni
 from openxlstm.layers.linear import LinearHeadwise
 from openxlstm.layers.norms import MultiHeadLayerNorm
 from openxlstm.layers.stateful import with_state
-from openxlstm.ops.rnn.api import rnn, rnn_initial_state, rnn_step
+from openxlstm.ops import rnn, rnn_initial_state, rnn_step
 from openxlstm.state import LayerState
 
 GATES = 4  # i, f, z, o

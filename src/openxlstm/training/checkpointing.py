@@ -4,6 +4,7 @@
         model.safetensors       parameters and buffers
         optimizer.safetensors   moments, by parameter name
         random.safetensors      generator states
+        config.json, ...        the model's description and tokenizer, as in any saved model
         state.json              step, settings, model description, data position
         checkpoint.json         written last: the size of every other file
 
@@ -74,8 +75,20 @@ class CheckpointStore:
                 return path
         return None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
+    ) -> Path:
         """Write a checkpoint, make it durable, and delete those beyond ``keep``.
+
+        Args:
+            step: updates done.
+            tensors: group name to named tensors; each group becomes one file.
+            state: what JSON holds.
+            texts: further files, name to content.
 
         Raises:
             OSError: it could not be written, on a full disk for instance; the earlier ones are untouched.
@@ -88,6 +101,8 @@ class CheckpointStore:
             temporary.mkdir()
             for group, values in tensors.items():
                 save_file(_storable(values), temporary / f"{group}.safetensors")
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
             _write_json(temporary / "state.json", {"step": step, **state})
             sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
             _write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": sizes})

@@ -20,7 +20,7 @@ UNREMARKABLE = ("output", "device", "progress", "tensorboard")
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The model's type and configuration as JSON holds them (for registered models, their ``config.json``)."""
+    """The model's type and configuration as JSON holds them; of a registered model, its ``config.json``."""
     config = getattr(model, "config", None)
     values = config_to_dict(config) if dataclasses.is_dataclass(config) else {}
     try:

@@ -87,6 +87,7 @@ def build_model(kind: str, vocab_size: int = 330, seed: int = 0) -> nn.Module:
         config = shared | {"num_heads": 2, "num_blocks": 2}
     generator = torch.Generator().manual_seed(seed)
     model = build_model({"model_type": kind} | config)
+    model.reset_parameters(generator)
     with (
         torch.no_grad()
     ):  # livelier than a fresh initialisation, so that greedy texts do not repeat one token

@@ -20,7 +20,8 @@ from openxlstm.inference.sampling import (
     sampling_logits,
 )
 
-LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12, unique=True)
+LOGITS = st.lists(st.integers(-99, 99).map(lambda n: n / 8), min_size=1, max_size=12, unique=True)
+PENALTIES = st.sampled_from([1.0, 0.871, 1.137])  # cannot make two of these logits equal
 
 
 def reference(logits: list[float], config: SamplingConfig, seen: set[int]) -> dict[int, float]:
@@ -50,7 +51,7 @@ def reference(logits: list[float], config: SamplingConfig, seen: set[int]) -> di
     st.integers(0, 12),
     st.floats(0.05, 1),
     st.floats(0, 1),
-    st.floats(0.5, 2),
+    PENALTIES,
     st.sets(st.integers(0, 11)),
 )
 @settings(max_examples=200, deadline=None)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from openxlstm.inference.continuation import Continuation, FinishReason, count_seen, encode_prompt
 from openxlstm.inference.runner import ModelRunner
@@ -222,6 +222,8 @@ class Generator:
         Raises:
             ValueError: as for :meth:`stream`; or the number of configurations is not that of prompts.
         """
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
         single = _is_one_prompt(prompt)
         prompts = cast(Sequence[Prompt], [prompt] if single else prompt)
         if sampling is None or isinstance(sampling, SamplingConfig):

@@ -127,17 +127,18 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest most likely tokens whose probabilities sum to ``p`` or more, the others become -inf.
 
-    At least one token stays; among equally likely tokens the lower ids are kept first.
-    logits (..., V) -> (..., V).
+    At least one token stays. logits (..., V) -> (..., V).
     """
     if p >= 1:
         return logits
-    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = sorted_logits.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = before >= p
-    dropped[..., 0] = False
-    return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    # tokens below (1 - p) / V sum to less than 1 - p, so the set is among the (often few) others: sort only those
+    candidates = int((probabilities >= (1 - p) / logits.shape[-1]).sum(dim=-1).max())
+    likely, order = probabilities.topk(max(candidates, 1), dim=-1)
+    kept = likely.cumsum(dim=-1) - likely < p
+    kept[..., 0] = True
+    mask = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, kept)
+    return logits.masked_fill(~mask, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:

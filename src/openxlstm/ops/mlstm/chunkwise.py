@@ -33,6 +33,8 @@ from torch import Tensor
 from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 from openxlstm.runtime import has_fast_bfloat16
 
+_State = tuple[Tensor, Tensor]  # (B * H, DK, DV) and (B * H, DK)
+
 
 def default_chunk_size(qk_dim: int, v_dim: int, time: int) -> int:
     """Chunk length that balances the work inside chunks, ~L (DK + DV), with that on states, ~DK DV / L."""
@@ -125,14 +127,14 @@ class _Workspace:
             self._buffers["causal"] = block
         return block[:length, :length]
 
-    def advance(self, gates: Gates, chunk: int, k: Tensor, v: Tensor, c: Tensor, n: Tensor) -> None:
-        """Carry the state (c, n), in place, over a chunk: the recurrence of the module's equation."""
+    def advance(self, gates: Gates, chunk: int, k: Tensor, v: Tensor, before: _State, after: _State) -> None:
+        """Carry the state (c, n) over a chunk, from ``before`` into ``after`` (the same memory is fine)."""
         weighted = self.buffer("weighted_k", *k.shape)
         torch.mul(k, self.scalars(gates.to_state, chunk)[..., None], out=weighted)
         keep = gates.keep[:, :, chunk].flatten().to(self.dtype)
-        c.mul_(keep[:, None, None])
-        self.accumulate(c, self.product(weighted).transpose(1, 2), v)
-        n.mul_(keep[:, None]).add_(weighted.sum(1))
+        torch.mul(before[0], keep[:, None, None], out=after[0])
+        self.accumulate(after[0], self.product(weighted).transpose(1, 2), v)
+        torch.mul(before[1], keep[:, None], out=after[1]).add_(weighted.sum(1))
 
 
 @torch.library.custom_op("openxlstm::mlstm_chunkwise", mutates_args=())
@@ -182,7 +184,7 @@ def _forward(
             den[..., start:end] = torch.maximum(r[..., start:end].abs(), floor[..., start:end]) + eps
             num.div_(den[..., start:end, None])
         out.copy_(num)
-        work.advance(gates, chunk, ks, vs, c, n)
+        work.advance(gates, chunk, ks, vs, (c, n), (c, n))
     if not normalize:
         r.zero_()
         den.fill_(1.0)
@@ -327,8 +329,7 @@ def _states(
     c[0], n[0] = c0.flatten(0, 1), n0.flatten(0, 1)
     for chunk in range(work.chunks):
         ks, vs = work.operand("k", k, chunk), work.operand("v", v, chunk)
-        c[chunk + 1], n[chunk + 1] = c[chunk], n[chunk]
-        work.advance(gates, chunk, ks, vs, c[chunk + 1], n[chunk + 1])
+        work.advance(gates, chunk, ks, vs, (c[chunk], n[chunk]), (c[chunk + 1], n[chunk + 1]))
     return c, n
 
 

@@ -34,6 +34,19 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, bpe):
         assert result.finish_reason == "length"
 
 
+@pytest.mark.parametrize("name", ["large_e64_h2_b2", "large_bias_qk1_e32"])
+def test_greedy_is_what_the_published_model_writes(golden, name):
+    from openxlstm.config import config_from_dict
+    from openxlstm.models import xLSTMLarge, xLSTMLargeConfig
+
+    description, tensors = golden(name)
+    model = xLSTMLarge(config_from_dict(xLSTMLargeConfig, description["config"]))
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("param.")})
+    prompts = tensors["in.idx"][:, :5].tolist()
+    results = Generator(model, None, prefill_chunk=3).complete(prompts, temperature=0, max_new_tokens=8)
+    assert [r.tokens for r in results] == tensors["f32.generate_from_first5_greedy8"].tolist()
+
+
 def test_logprobs_are_the_models(model, bpe):
     result = Generator(model, bpe).complete("User:", max_new_tokens=6, temperature=2.0, top_k=5, seed=1)
     tokens = torch.tensor([result.prompt_tokens + result.tokens])

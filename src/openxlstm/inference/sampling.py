@@ -132,7 +132,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     if p >= 1:
         return logits
     probabilities = logits.softmax(dim=-1)
-    # tokens below (1 - p) / V sum to less than 1 - p, so the set is among the (often few) others: sort only those
+    # tokens below (1 - p) / V sum to less than 1 - p, so the set is among the others: sort only those
     candidates = int((probabilities >= (1 - p) / logits.shape[-1]).sum(dim=-1).max())
     likely, order = probabilities.topk(max(candidates, 1), dim=-1)
     kept = likely.cumsum(dim=-1) - likely < p

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from openxlstm.checkpoint.tokenizer import Tokenizer
-from openxlstm.data.shards import Manifest, ShardInfo, shard_paths, shard_digest
+from openxlstm.data.shards import Manifest, ShardInfo, shard_digest, shard_paths
 
 
 class TokenDataset:
@@ -210,4 +210,4 @@ def _mapped(path: Path, dtype: np.dtype, length: int) -> npt.NDArray:
             f"'{path}' has {size} bytes instead of {length * dtype.itemsize}: it is damaged; "
             "prepare the data again"
         )
-    return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(length,)))  # a plain view slices faster

@@ -108,8 +108,8 @@ class PackedLoader:
         _check_ranks(batch_size, rank, world_size)
         if vocab_size is not None and dataset.max_token_id >= vocab_size:
             raise ValueError(
-                f"the data in '{dataset.directory}' contains token id {dataset.max_token_id}, but the model's "
-                f"vocabulary has {vocab_size} tokens; use vocab_size={dataset.vocab_size} or more"
+                f"the data in '{dataset.directory}' has token id {dataset.max_token_id}, but the "
+                f"model's vocabulary has {vocab_size} tokens; use vocab_size={dataset.vocab_size} or more"
             )
         rows = len(dataset) // context_length
         if order == "shuffled" and rows == 0:
@@ -124,6 +124,7 @@ class PackedLoader:
         self.prefetch = prefetch
         self.rows = rows if order == "shuffled" else -(-len(dataset) // context_length)
         """Rows in a pass."""
+        self._epochs: dict[int, tuple[int, Permutation]] = {}
         self.step = 0
         """Number of global batches that iteration has given out (shuffled order)."""
 
@@ -187,24 +188,26 @@ class PackedLoader:
         targets = np.full(shape, IGNORED, np.int64)
         reset = np.zeros(shape, np.bool_)
         fill = self._read_ring if self.order == "shuffled" else self._read_until_end
-        starts = self._row_starts(np.arange(first, first + count, dtype=np.int64))
-        for row, start in enumerate(starts.tolist()):
-            fill(start, tokens[row], targets[row], reset[row])
+        for row in range(count):
+            fill(self._row_start(first + row), tokens[row], targets[row], reset[row])
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(reset))
 
-    def _row_starts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """First position of the rows with these numbers in the run."""
+    def _row_start(self, row: int) -> int:
+        """First position of a row, by its number in the run."""
         if self.order == "sequential":
-            return rows * self.context_length
-        epochs, within = np.divmod(rows, self.rows)
-        starts = np.empty_like(rows)
-        for epoch in np.unique(epochs).tolist():
-            key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ np.uint64(epoch))
-            offset = int(_mix(key ^ np.uint64(_OFFSET))) % len(self.dataset)
-            chosen = epochs == epoch
-            place = permuted(within[chosen], self.rows, key)
-            starts[chosen] = (offset + place * self.context_length) % len(self.dataset)
-        return starts
+            return row * self.context_length
+        epoch, within = divmod(row, self.rows)
+        offset, place = self._epoch_order(epoch)
+        return (offset + place(within) * self.context_length) % len(self.dataset)
+
+    def _epoch_order(self, epoch: int) -> tuple[int, Permutation]:
+        """Where an epoch's first row begins, and the order of its rows."""
+        known = self._epochs.get(epoch)
+        if known is None:
+            key = mix(mix(self.seed & _MASK) ^ epoch)
+            known = mix(key ^ _MASK) % len(self.dataset), Permutation(self.rows, key)
+            self._epochs = dict([*self._epochs.items(), (epoch, known)][-2:])
+        return known
 
     def _read_ring(self, start: int, tokens: npt.NDArray, targets: npt.NDArray, reset: npt.NDArray) -> None:
         before_end = min(len(targets), len(self.dataset) - start)
@@ -262,48 +265,43 @@ def _check_ranks(batch_size: int, rank: int, world_size: int) -> None:
 
 # ---------------------------------------------------------------------- a permutation without memory
 
-_OFFSET = 0x6F66667365740A01
+_MASK = 2**64 - 1
 _ROUNDS = 6
 
 
-def permuted(index: npt.NDArray[np.int64], size: int, key: int | np.uint64) -> npt.NDArray[np.int64]:
-    """Where a pseudo-random permutation of ``range(size)`` takes ``index``.
+class Permutation:
+    """A pseudo-random permutation of ``range(size)``, evaluated at single places.
 
-    A Feistel network permutes the smallest enclosing power of two; indices that land outside ``range(size)``
-    are sent through again until they do not, which leaves a permutation of ``range(size)``.
+    A Feistel network of :func:`mix` permutes the smallest enclosing power of two; what lands outside
+    ``range(size)`` is sent through again until it does not, which leaves a permutation of ``range(size)``.
 
     Args:
-        index: int64, any shape, values in ``range(size)``.
         size: at least 1.
         key: which permutation, 64 bits.
     """
-    bits = max(2, int(size - 1).bit_length())
-    low_bits = bits // 2
-    result = np.array(index, np.uint64)
-    outside = np.ones(result.shape, np.bool_)
-    while outside.any():
-        result[outside] = _feistel(result[outside], bits - low_bits, low_bits, np.uint64(key))
-        outside = result >= np.uint64(size)
-    return result.astype(np.int64)
+
+    def __init__(self, size: int, key: int) -> None:
+        bits = max(2, (size - 1).bit_length())
+        self.size = size
+        self._low_bits, self._high_bits = bits // 2, bits - bits // 2
+        self._keys = [(mix(key + 2 * n), mix(key + 2 * n + 1)) for n in range(_ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        """Where the permutation takes ``index``."""
+        low_bits, low_mask, high_shift = self._low_bits, (1 << self._low_bits) - 1, 64 - self._high_bits
+        while True:
+            high, low = index >> low_bits, index & low_mask
+            for low_key, high_key in self._keys:
+                high ^= mix(low ^ low_key) >> high_shift
+                low ^= mix(high ^ high_key) >> (64 - low_bits)
+            index = (high << low_bits) | low
+            if index < self.size:
+                return index
 
 
-def _feistel(
-    value: npt.NDArray[np.uint64], high_bits: int, low_bits: int, key: np.uint64
-) -> npt.NDArray[np.uint64]:
-    """A permutation of the numbers of ``high_bits + low_bits`` bits: each part is masked by the other."""
-    high, low = value >> np.uint64(low_bits), value & np.uint64((1 << low_bits) - 1)
-    for number in range(_ROUNDS):
-        round_key = _mix(key ^ np.uint64(2 * number))
-        high = high ^ (_mix(low ^ round_key) >> np.uint64(64 - high_bits))
-        round_key = _mix(key ^ np.uint64(2 * number + 1))
-        low = low ^ (_mix(high ^ round_key) >> np.uint64(64 - low_bits))
-    return (high << np.uint64(low_bits)) | low
-
-
-def _mix(value: Any) -> Any:
-    """SplitMix64's output function: uint64 (array or scalar) to uint64 with every bit depending on all."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
-        value = (value + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**64 - 1)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+def mix(value: int) -> int:
+    """SplitMix64's output function: 64 bits to 64 bits, each depending on all."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import uniform_
 from openxlstm.layers.norms import at_least_float32
+from openxlstm.ops.packing import check_boundaries
 
 
 class CausalConv1d(nn.Module):
@@ -71,8 +72,12 @@ class CausalConv1d(nn.Module):
 
         Returns:
             y (B, T, E) in the dtype of ``x``, and the new state (B, K - 1, E).
+
+        Raises:
+            ValueError: ``reset`` of another shape or dtype.
         """
         batch, time, channels = x.shape
+        check_boundaries(None, reset, batch, time)
         if self.conv is None:
             return x, at_least_float32(x.new_zeros(batch, 0, channels))
         past = self.kernel_size - 1

@@ -43,6 +43,21 @@ def published_tokenizer(hub_id: str) -> Path | None:
     return _download(_PUBLISHED_TOKENIZER, None, ["tokenizer*.json", "special_tokens_map.json"])
 
 
+def locate_tokenizer(path_or_hub_id: str | Path) -> Path:
+    """A local path for a tokenizer: an existing path, or the tokenizer files of ``owner/name`` on the hub.
+
+    Raises:
+        FileNotFoundError: neither exists, or the hub cannot be reached.
+    """
+    name = str(path_or_hub_id)
+    if Path(name).exists():
+        return Path(name)
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"tokenizer '{name}' does not exist")
+    repository, _, revision = name.partition("@")
+    return _download(repository, revision or None, ["tokenizer*.json", "special_tokens_map.json"])
+
+
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
 

@@ -1,0 +1,70 @@
+"""``openxlstm inspect``: what a checkpoint or a recipe's model is made of. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from openxlstm.cli.options import parse
+from openxlstm.config import config_to_dict, read_mapping
+
+EXAMPLES = """\
+  openxlstm inspect runs/demo/model
+  openxlstm inspect recipes/xlstm_7b.yaml"""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show the configuration, the size and the cost of a model, without loading its weights."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL|RECIPE.yaml")]
+    """Checkpoint directory, hub id, or recipe."""
+    context_length: int = 2048
+    """Sequence length that training FLOPs are counted for."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(InspectOptions, arguments, command="inspect", examples=EXAMPLES)
+    from openxlstm.models import build_config, parameter_count, state_bytes, training_flops_per_token
+
+    path = Path(options.model)
+    tokenizer: Any = None
+    if path.suffix in (".yaml", ".yml") and not path.is_dir():
+        model = read_mapping(path).get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"'{path}' has no section 'model', so it is not a recipe")
+        config: Any = build_config({"vocab_size": 50304, **model})
+        kind, stored = model["model_type"], "recipe"
+    else:
+        from openxlstm.checkpoint import read_checkpoint
+        from openxlstm.checkpoint.hub import locate
+
+        checkpoint = read_checkpoint(locate(options.model))
+        config, kind, tokenizer = checkpoint.config, checkpoint.model_type, checkpoint.tokenizer
+        stored = f"{len(checkpoint.weights)} tensors, {str(checkpoint.dtype).removeprefix('torch.')}"
+    count = parameter_count(config)
+    rows = [("model", kind), ("stored", stored), ("parameters", f"{count:,}")]
+    rows.append(("weights", f"{count * 4 / 2**20:,.1f} MiB in float32, {count * 2 / 2**20:,.1f} in bfloat16"))
+    rows.append(("state", f"{state_bytes(config) / 2**20:,.2f} MiB per sequence, of any length"))
+    if hasattr(config, "vocab_size"):
+        flops = training_flops_per_token(config, options.context_length)
+        rows.append(("training", f"{flops / 1e6:,.1f} MFLOP per token at {options.context_length} tokens"))
+    if tokenizer is not None:
+        rows.append(("tokenizer", repr(tokenizer)))
+    rows += [(name, _short(value)) for name, value in config_to_dict(config).items()]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{name}=({_short(v)})" if isinstance(v, dict) else f"{name}={v}" for name, v in value.items()
+        )
+    return str(value)

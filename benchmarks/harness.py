@@ -1,4 +1,4 @@
-"""How every benchmark here measures: variants interleaved in one run, medians, memory in a process of its own.
+"""How benchmarks here measure: variants interleaved in one run, medians, memory in a process of its own.
 
 A benchmark is a list of :class:`Variant`. Rounds run every variant once, in turn, so that a noisy machine
 disturbs all alike; the figure is the ratio of medians. Peak memory comes from a fresh process per variant:
@@ -41,9 +41,7 @@ class Variant:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=7, help="timed rounds after one warm-up round")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch threads")
     p.add_argument(

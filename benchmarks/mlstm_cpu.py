@@ -10,6 +10,7 @@ The peer is `mlstm_kernels` from PyPI: its custom-backward chunkwise kernel at i
 from __future__ import annotations
 
 import torch
+
 from harness import Variant, parser, run, with_allocator
 
 SHAPES = {"7B-like": (1, 2048, 8, 256, 512), "1.3B-like": (4, 2048, 8, 128, 256)}
@@ -59,9 +60,7 @@ def variant_peer(shape: tuple[int, ...], dtype: torch.dtype, chunk: int) -> Vari
         from mlstm_kernels.torch import get_mlstm_kernel
 
         kernel = get_mlstm_kernel("chunkwise--native_custbw")
-        return train_call(
-            lambda *x: kernel(*x, chunk_size=chunk), inputs(shape, dtype, head_first=True)
-        )
+        return train_call(lambda *x: kernel(*x, chunk_size=chunk), inputs(shape, dtype, head_first=True))
 
     return Variant(f"mlstm_kernels native_custbw L={chunk}", prepare, flops(*shape))
 

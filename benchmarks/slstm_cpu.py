@@ -9,6 +9,7 @@ Batch 8, 512 steps, 4 heads of 64, float32. The peer is the `xlstm` package's sL
 from __future__ import annotations
 
 import torch
+
 from harness import Variant, parser, run, with_allocator
 
 BATCH, TIME, HEADS, HEAD_DIM = 8, 512, 4, 64

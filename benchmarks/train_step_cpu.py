@@ -3,16 +3,17 @@
     python benchmarks/train_step_cpu.py --dtype float32
     python benchmarks/train_step_cpu.py --dtype bfloat16 --repeats 3        # bfloat16 autocast
 
-Embedding 768, 12 blocks, 4 heads, vocabulary 50,304; forward, cross-entropy, backward. The peers are the `xlstm`
-package's `xLSTMLarge` (its training mode fails unless last states are returned, so they are) and the
+Embedding 768, 12 blocks, 4 heads, vocabulary 50,304; forward, cross-entropy, backward. The peers are the
+`xlstm` package's `xLSTMLarge` (its training mode fails unless last states are returned, so they are) and the
 `transformers` copy, both with their fastest kernel that runs without a GPU. On a CPU without bfloat16 units
-bfloat16 products are emulated, hundreds of times slower: there `--batch`, `--length` and `--blocks` make a run
+bfloat16 products are emulated, a hundred times slower: there `--batch`, `--length` and `--blocks` make a run
 possible at all.
 """
 
 from __future__ import annotations
 
 import torch
+
 from harness import Variant, parser, run, with_allocator
 
 VOCAB = 50304
@@ -85,7 +86,7 @@ def main() -> None:
         f"training step, 768 x {arguments.blocks}, batch {arguments.batch}, length {arguments.length}, "
         f"{'bfloat16 autocast' if autocast else 'float32'}"
     )
-    run(f"train-step-{arguments.dtype}", {label: variants}, arguments, peer=("xlstm"), ours="openxlstm")
+    run(f"train-step-{arguments.dtype}", {label: variants}, arguments, peer="xlstm", ours="openxlstm")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ changes a state that was passed in.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from openxlstm.runtime import atomic_write_bytes
 
 TreeT = TypeVar("TreeT")
 
@@ -193,17 +194,15 @@ def _rebuild(structure: Any, tensors: list[Tensor]) -> Any:
 
 
 def save_state(state: Any, path: str | Path) -> None:
-    """Write any state to one safetensors file, atomically (a crash leaves the old file or the new one)."""
-    from safetensors.torch import save_file
+    """Write any state to one safetensors file, atomically (a crash leaves the old file or the new one).
 
-    path = Path(path)
-    tensors = {f"{n:05d}": t.detach().contiguous().clone() for n, t in enumerate(leaves(state))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"openxlstm_state": json.dumps(_describe(state))})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Raises:
+        OSError: the file cannot be written (no such folder, no space left); nothing is left behind.
+    """
+    from safetensors.torch import save
+
+    tensors = {f"{n:05d}": t.detach().cpu().contiguous().clone() for n, t in enumerate(leaves(state))}
+    atomic_write_bytes(path, save(tensors, metadata={"openxlstm_state": json.dumps(_describe(state))}))
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -16,20 +16,12 @@ from openxlstm.ops.rnn.cells import Cell
 from openxlstm.state import map_state
 
 
-def head_matrices(weight: Tensor) -> Tensor:
-    """Recurrent weight (G_r, H, D_out, D_in) as one matrix per head, (H, D_in, G_r * D_out)."""
-    gates, heads, d_out, d_in = weight.shape
-    return weight.permute(1, 3, 0, 2).reshape(heads, d_in, gates * d_out)
-
-
 def _advance(
-    cell: Cell, x: Tensor, matrices: Tensor, bias: Tensor | None, state: Any, normalizer_floor: float | None
+    cell: Cell, x: Tensor, weight: Tensor, bias: Tensor | None, state: Any, normalizer_floor: float | None
 ) -> Any:
-    """``state`` after one position. x (B, G, H, D), matrices from :func:`head_matrices`."""
-    batch, _, heads, d = x.shape
-    recurrent = torch.bmm(state.h.transpose(0, 1), matrices)  # (H, B, G_r * D)
-    recurrent = recurrent.view(heads, batch, -1, d).permute(1, 2, 0, 3)  # (B, G_r, H, D)
-    return cell.step(x, recurrent, bias, state, normalizer_floor)
+    """``state`` after one position, x (B, G, H, D)."""
+    recurrent = state.h.transpose(0, 1) @ weight.mT  # (H, B, D_in) (G_r, H, D_in, D_out)
+    return cell.step(x, recurrent.permute(2, 0, 1, 3), bias, state, normalizer_floor)
 
 
 def step(
@@ -37,7 +29,7 @@ def step(
 ) -> Any:
     """``state`` after one position. x (B, G, H, D) of any dtype, the rest in the dtype of the computation."""
     with torch.autocast(x.device.type, enabled=False):
-        return _advance(cell, x.to(weight.dtype), head_matrices(weight), bias, state, normalizer_floor)
+        return _advance(cell, x.to(weight.dtype), weight, bias, state, normalizer_floor)
 
 
 def recurrent(
@@ -57,11 +49,10 @@ def recurrent(
     """
     outputs = []
     with torch.autocast(x.device.type, enabled=False):
-        matrices = head_matrices(weight)
         for t, x_t in enumerate(x.to(weight.dtype).unbind(1)):
             if reset is not None:
                 keep = ~reset[:, t, None, None]
                 state = map_state(lambda s, keep=keep: torch.where(keep, s, 0.0), state)
-            state = _advance(cell, x_t, matrices, bias, state, normalizer_floor)
+            state = _advance(cell, x_t, weight, bias, state, normalizer_floor)
             outputs.append(state.h)
         return torch.stack(outputs, 1), state

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops.rnn.cells import CELLS, Cell
-from openxlstm.ops.rnn.reference import head_matrices
 from openxlstm.ops.rnn.scan_cells import STEPS, by_time
 
 _BLOCK_ELEMENTS = 32768
 """Size of one coefficient of a backward block: a few dozen of them fit the second-level cache."""
+
+_QUIET_LENGTH = 256
+"""Positions per call when no gradient is recorded, so that nothing is kept for a backward pass."""
 
 
 def scan(
@@ -37,8 +39,15 @@ def scan(
     normalizer_floor: float | None,
 ) -> tuple[Tensor, Any]:
     """Run ``cell`` over time; arguments and results as for :func:`openxlstm.ops.rnn.reference.recurrent`."""
-    stacked = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
-    h, last, *_ = _forward(cell.name, x, weight, bias, stacked, reset, normalizer_floor)
+    last = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
+    length = x.shape[1] if torch.is_grad_enabled() else _QUIET_LENGTH
+    pieces = []
+    for begin in range(0, x.shape[1], length):
+        here = slice(begin, begin + length)
+        resets = None if reset is None else reset[:, here]
+        h, last, *_ = _forward(cell.name, x[:, here], weight, bias, last, resets, normalizer_floor)
+        pieces.append(h)
+    h = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 
 
@@ -56,6 +65,11 @@ def _new_buffers(cell: Cell, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         empty(time + 1, steps.memory_slots, heads, batch, d),
         empty(time, steps.factor_slots, heads, batch, d),
     )
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """Recurrent weight (G_r, H, D_out, D_in) as one matrix per head, (H, G_r * D_out, D_in)."""
+    return weight.transpose(0, 1).reshape(weight.shape[1], -1, weight.shape[3])
 
 
 def _drops(reset: Tensor | None, time: int) -> list[Tensor | None]:
@@ -96,7 +110,7 @@ def _forward(
         hs, gates, memory, factors = _new_buffers(kind, x, weight.dtype)
         _fill_inputs(kind, gates, x, bias)
         hs[:, 0] = state[0]
-        matrices = head_matrices(weight)
+        matrices = _matrices(weight).mT  # (H, D_in, G_r * D_out)
         recurrent = gates.view(heads, time, batch, -1)[..., : matrices.shape[2]].unbind(1)
         steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
         steps.start(state)
@@ -140,7 +154,7 @@ def _backward(
     """Gradients of the pre-activations (H, T, B, G_b, D), the weight and the initial state (S, H, B, D)."""
     with torch.autocast(hs.device.type, enabled=False):
         heads, time, batch, slots, d = gates.shape
-        matrices = head_matrices(weight).transpose(1, 2).contiguous()  # (H, G_r * D_out, D_in)
+        matrices = _matrices(weight)
         d_gates = torch.empty_like(gates)
         d_recurrent = d_gates.view(heads, time, batch, slots * d)[..., : matrices.shape[1]]
         h_before, rows = hs[:, :-1], None  # (H, T, B, D), (T, B, 1)

@@ -116,7 +116,7 @@ def test_order_depends_on_seed_and_epoch(dataset_of: MakeDataset, texts: list[st
 def test_order_is_pinned(dataset_of: MakeDataset) -> None:
     """The order is part of what a resumed run relies on: changing it is a change of format."""
     loader = PackedLoader(dataset_of(["abcdefghij" * 10]), batch_size=5, context_length=10, seed=7)
-    first, second = [72, 62], [0]
+    first, second = [72, 62, 52, 21, 31, 11, 92, 1, 42, 82], [67, 17, 47, 7, 27, 57, 78, 98, 37, 88]
     assert [loader._row_start(row) for row in range(10)] == first
     assert [loader._row_start(row) for row in range(10, 20)] == second
 

@@ -6,7 +6,7 @@
 >>> dataset = TokenDataset.open("data/", "train")                          # doctest: +SKIP
 >>> loader = PackedLoader(dataset, batch_size=8, context_length=512)       # doctest: +SKIP
 
-Names are imported when first used, so that the worker processes of :func:`prepare` start without PyTorch.
+Names are imported when first used: reading text needs no PyTorch.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from openxlstm.config import config_from_dict, config_to_dict
 from openxlstm.data.corpus import SPLITS
+from openxlstm.runtime import atomic_write_bytes, atomic_write_text
 
 FORMAT = "openxlstm-tokens"
 FORMAT_VERSION = 1
@@ -140,8 +141,6 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Replace ``directory/manifest.json`` atomically."""
-        from openxlstm.runtime import atomic_write_text  # here, so that worker processes need no PyTorch
-
         atomic_write_text(directory / MANIFEST, json.dumps(config_to_dict(self), indent=1) + "\n")
 
     @classmethod
@@ -201,8 +200,6 @@ class ShardBuffer:
 
     def write(self, directory: Path, split: str, index: int) -> ShardInfo:
         """Write the shard's files; the caller lists the result in the manifest."""
-        from openxlstm.runtime import atomic_write_bytes
-
         tokens = np.concatenate(self._pieces).astype(self._dtype, copy=False)
         ends = np.cumsum(self._lengths, dtype="<i8")
         tokens_path, ends_path = shard_paths(directory, split, index)

@@ -18,16 +18,16 @@ import gzip
 import io
 import json
 import os
-import re
 import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Protocol, cast, runtime_checkable
+
+from openxlstm.data.globs import matches
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 """Files with these endings are read as JSON Lines wherever they are found."""
@@ -280,14 +280,14 @@ class FileTree:
             return
         for name in names:
             path, relative = directory / name, prefix + name
-            if _matches(relative, self.exclude):
+            if matches(relative, self.exclude):
                 continue
             if path.is_dir():
                 identity = _identity(path)
                 if identity not in visited:
                     visited.add(identity)
                     yield from self._walk(path, relative + "/", visited, skipped)
-            elif path.is_file() and _matches(relative, self.patterns):
+            elif path.is_file() and matches(relative, self.patterns):
                 yield path
 
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[str]:
@@ -417,36 +417,3 @@ def _valid_unicode(text: str) -> str:
 def _identity(directory: Path) -> tuple[int, int]:
     status = directory.stat()
     return status.st_dev, status.st_ino
-
-
-@lru_cache(maxsize=1024)
-def _expression(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression; see :class:`FileTree`."""
-    body = ""
-    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]/]+\]|.", pattern.removeprefix("./"), re.DOTALL):
-        if token == "**/":
-            body += "(?:.*/)?"
-        elif token == "**":
-            body += ".*"
-        elif token == "*":
-            body += "[^/]*"
-        elif token == "?":
-            body += "[^/]"
-        elif token[0] == "[" and len(token) > 1:
-            body += (
-                "[" + ("^" if token[1] == "!" else "") + token[1:-1].lstrip("!").replace("\\", r"\\") + "]"
-            )
-        else:
-            body += re.escape(token)
-    try:
-        return re.compile(body, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is not a valid file pattern ({error})") from None
-
-
-def _matches(relative: str, patterns: Sequence[str]) -> bool:
-    name = relative.rsplit("/", 1)[-1]
-    return any(
-        _expression(pattern.rstrip("/")).fullmatch(relative if "/" in pattern.rstrip("/") else name)
-        for pattern in patterns
-    )

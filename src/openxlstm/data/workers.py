@@ -1,8 +1,8 @@
 """Tokenising in parallel: the same results in the same order for any number of processes.
 
 Documents are cut into chunks of about a megabyte in the calling process. Chunks are tokenised by other
-processes and come back in order; only a few per process are under way at a time, so memory does not depend on
-the corpus. This module needs no PyTorch, so a worker process starts quickly.
+processes and come back in order; only a few per process are under way at a time, so memory does not depend
+on the corpus.
 """
 
 from __future__ import annotations

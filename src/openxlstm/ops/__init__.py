@@ -1,5 +1,6 @@
 """Operators: pure functions on tensors. The only layer that knows about kernels and devices."""
 
+from openxlstm.ops.dense import linear
 from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
 from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
@@ -7,6 +8,7 @@ from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
 
 __all__ = [
     "explain",
+    "linear",
     "mlstm",
     "mlstm_initial_state",
     "mlstm_step",

@@ -80,7 +80,9 @@ def encode_documents(
         pending: deque[tuple[list[CorpusDocument], Future[list[npt.NDArray]]]] = deque()
         while True:
             while len(pending) < 3 * workers and (chunk := next(chunks, None)) is not None:
-                pending.append((chunk, pool.submit(_work, [document.text for document in chunk])))
+                with _interrupts_ignored():  # what the processes that this starts inherit
+                    future = pool.submit(_work, [document.text for document in chunk])
+                pending.append((chunk, future))
             if not pending:
                 return
             chunk, future = pending.popleft()
@@ -92,6 +94,19 @@ def encode_documents(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; only the calling one shall act on it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)
 
 
 def _chunks(documents: Iterable[CorpusDocument]) -> Iterator[list[CorpusDocument]]:
@@ -131,7 +146,7 @@ _encoder: _Encoder | None = None  # of a worker process
 def _start_worker(tokenizer: Tokenizer, dtype: np.dtype) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows inherits nothing
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = _Encoder(tokenizer, dtype)
 

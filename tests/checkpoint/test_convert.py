@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import openxlstm
 from openxlstm.checkpoint import byte_tokenizer, convert
+from openxlstm.config import config_to_dict
 from openxlstm.models import (
     mLSTMBlockConfig,
     mLSTMLayerConfig,
@@ -127,6 +128,27 @@ def test_fused_models_stay_fused(tmp_path: Path, forge) -> None:
     openxlstm.save_pretrained(model, tmp_path / "a", layout="openxlstm")
     again, _ = openxlstm.load_pretrained(tmp_path / "a")
     assert again.config == model.config
+    assert _same(again.state_dict(), model.state_dict())
+
+
+def test_state_dict_of_a_fused_model(tmp_path: Path, forge) -> None:
+    """What a training run writes: the model's own keys beside its own configuration."""
+    model = forge.random_large(weight_mode="fused", tie_word_embeddings=True)
+    config = {"model_type": "xlstm_large"} | config_to_dict(model.config)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forge.write_hf(tmp_path / "a", config, tensors)
+    again, _ = openxlstm.load_pretrained(tmp_path / "a")
+    assert again.config == model.config
+    assert _same(again.state_dict(), model.state_dict())
+
+
+def test_in_place(tmp_path: Path, forge) -> None:
+    """The source is memory-mapped while it is replaced."""
+    model = forge.random_large()
+    openxlstm.save_pretrained(model, tmp_path / "a", max_shard_bytes=100_000)
+    convert(tmp_path / "a", tmp_path / "a", to="reference", weight_mode="fused")
+    assert sorted(p.name for p in (tmp_path / "a").glob("*.safetensors")) == ["model.safetensors"]
+    again, _ = openxlstm.load_pretrained(tmp_path / "a")
     assert _same(again.state_dict(), model.state_dict())
 
 

@@ -49,6 +49,8 @@ def test_missing(tmp_path: Path, good: Path) -> None:
     _refused(
         tmp_path / "empty", FileNotFoundError, "no model weights in .*empty': expected model.safetensors"
     )
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    _refused(tmp_path / "run", FileNotFoundError, r"did you mean '.*run.model'\?$")
     (good / "model-00003-of-00003.safetensors").unlink()
     _refused(good, FileNotFoundError, "weight shard 'model-00003-of-00003.safetensors' is missing")
     (good / "model.safetensors.index.json").unlink()
@@ -125,7 +127,7 @@ def test_tensors_that_do_not_fit(good: Path) -> None:
     _edit_shard(good, lambda t: t.update({name: torch.zeros(32, 64)}))
     index["weight_map"][name] = "model-00002-of-00003.safetensors"
     (good / "model.safetensors.index.json").write_text(json.dumps(index))
-    _refused(good, ValueError, "holds tensor 'backbone.rotary', which a xLSTMLarge does not have")
+    _refused(good, ValueError, "holds tensor 'backbone.rotary', which xLSTMLarge does not have")
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,13 @@ def test_training_a_loaded_model_leaves_the_file_alone(tmp_path: Path, forge) ->
     assert (tmp_path / "m" / "model.safetensors").read_bytes() != before
 
 
+def test_loading_draws_no_random_numbers(tmp_path: Path, forge) -> None:
+    openxlstm.save_pretrained(forge.random_large(), tmp_path / "m")
+    before = torch.get_rng_state()
+    openxlstm.load_pretrained(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_hub(tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch) -> None:
     openxlstm.save_pretrained(forge.random_large(), tmp_path / "hub" / "small", tokenizer=byte_tokenizer())
     shutil.copytree(tmp_path / "hub" / "small", tmp_path / "hub" / "bare")

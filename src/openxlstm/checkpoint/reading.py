@@ -142,7 +142,7 @@ def _fit(checkpoint: Checkpoint, where: str) -> Weights:
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"{where} holds tensor '{unknown[0]}'{more}, which a {type(model).__name__} does not have"
+            f"{where} holds tensor '{unknown[0]}'{more}, which {type(model).__name__} does not have"
         )
     for name, tensor in expected.items():
         if name in weights and weights[name].shape != tuple(tensor.shape):

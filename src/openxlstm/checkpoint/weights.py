@@ -112,10 +112,14 @@ def _weight_files(directory: Path) -> list[Path]:
     others = sorted(p for p in directory.iterdir() if p.suffix in kinds and p.is_file())
     if len(others) == 1:
         return others
-    names = ", ".join(p.name for p in others[:5])
+    hint = ""
+    if others:
+        hint = f"; found {', '.join(p.name for p in others[:5])}: give the path of one of them"
+    elif (directory / "model").is_dir():
+        hint = f"; did you mean '{directory / 'model'}'?"
     raise FileNotFoundError(
-        f"no model weights in '{directory}': expected model.safetensors, {INDEX_NAME} or model_0.safetensors"
-        + (f"; found {names}, give the path of one of them" if others else "")
+        f"no model weights in '{directory}': expected model.safetensors, {INDEX_NAME} "
+        f"or model_0.safetensors{hint}"
     )
 
 

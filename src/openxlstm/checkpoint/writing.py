@@ -107,7 +107,7 @@ def write_directory(directory: Path, texts: Mapping[str, str], shards: Mapping[s
     directory = directory.absolute()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"cannot save a checkpoint to '{directory}': it is a file, not a directory")
-    replacing = directory.is_dir() and any(directory.iterdir())
+    replacing = directory.is_dir()
     name = f".{directory.name}.{os.getpid()}.tmp"
     temporary = directory / name if replacing else directory.parent / name
     try:

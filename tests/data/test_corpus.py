@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from openxlstm import data
 from openxlstm.data import Texts, open_corpus
 
 
@@ -93,3 +94,9 @@ def test_errors(tmp_path: Path) -> None:
         open_corpus(Texts(["one"]), validation_fraction=0.1, validation_sources=Texts(["two"]))
     with pytest.raises(ValueError, match="no split 'test'"):
         open_corpus(Texts(["one", "two"])).texts("test")
+
+
+def test_public_names() -> None:
+    assert all(getattr(data, name).__name__ == name for name in data.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Loader'"):
+        data.Loader  # noqa: B018

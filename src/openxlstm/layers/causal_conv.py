@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import uniform_
-from openxlstm.layers.norms import at_least_float32
+from openxlstm.layers.precision import at_least_float32
 from openxlstm.ops.packing import check_boundaries
 
 

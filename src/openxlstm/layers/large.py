@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
 from openxlstm.layers.norms import PlainMultiHeadLayerNorm, RMSNorm
+from openxlstm.layers.precision import cast_once
 from openxlstm.layers.soft_cap import soft_cap
 from openxlstm.layers.stateful import with_state
 from openxlstm.ops import mlstm, mlstm_initial_state, mlstm_step
@@ -121,7 +122,7 @@ class mLSTMLargeLayer(_FusableModule):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k (B, T, H, DK), v (B, T, H, DV), capped gates i, f (B, T, H), output gate o (B, T, H DV)."""
-        config = self.config
+        config, x = self.config, cast_once(x)
         if self._fused:
             widths = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
             q, k, v, o = self.qkv_opreact(x).split(widths, dim=-1)
@@ -230,6 +231,7 @@ class LargeFeedForward(_FusableModule):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         if self._fused:
             gate, up = self.proj_up_gate_z(x).chunk(2, dim=-1)
         else:

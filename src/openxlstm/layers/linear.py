@@ -35,10 +35,26 @@ class LinearHeadwise(nn.Module):
         self.reset_parameters(head_dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features) -> (..., features)
-        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.num_heads, -1)), self.weight).flatten(-2)
+        weight = _merge_blocks(self.weight)
+        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def reset_parameters(self, dim: int, generator: Generator | None = None) -> None:
         """Small init for width ``dim`` (the models pass the width of their residual stream), bias 0."""
         small_init_(self.weight, dim, generator)
         zero_(self.bias)
+
+
+def _merge_blocks(weight: Tensor) -> Tensor:
+    """The same block-diagonal map in fewer blocks of at most 16, on which matrix products are faster."""
+    heads, head_dim, _ = weight.shape
+    merge = 1
+    while 2 * merge * head_dim <= 16 and heads % (2 * merge) == 0:
+        merge *= 2
+    if merge == 1:
+        return weight
+    place = torch.eye(merge, dtype=weight.dtype, device=weight.device)[:, None, :, None]
+    blocks = (
+        weight.unflatten(0, (-1, merge))[:, :, :, None, :] * place
+    )  # (heads / merge, row, out, column, in)
+    return blocks.flatten(3).flatten(1, 2)

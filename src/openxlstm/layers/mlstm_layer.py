@@ -22,6 +22,7 @@ from openxlstm.layers.feedforward import projected_dim
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
 from openxlstm.layers.linear import LinearHeadwise
 from openxlstm.layers.norms import MultiHeadLayerNorm
+from openxlstm.layers.precision import cast_once
 from openxlstm.layers.stateful import with_state
 from openxlstm.ops import mlstm, mlstm_initial_state, mlstm_step
 from openxlstm.state import LayerState, mLSTMState
@@ -95,7 +96,7 @@ class mLSTMCell(nn.Module):
         return self.outnorm(h[:, None]), state
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        gate_input = torch.cat([q, k, v], dim=-1)
+        gate_input = cast_once(torch.cat([q, k, v], dim=-1))
         q, k, v = (u.unflatten(-1, (self.num_heads, -1)) for u in (q, k, v))
         return self.igate(gate_input), self.fgate(gate_input), q, k, v
 

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
+from openxlstm.layers.precision import at_least_float32
 
 
 class LayerNorm(nn.Module):

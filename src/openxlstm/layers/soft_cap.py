@@ -1,14 +1,37 @@
-"""Soft capping: cap * tanh(x / cap), which keeps values in (-cap, cap) with gradient 1 around zero."""
+"""Soft capping: cap * tanh(x / cap), which keeps values in (-cap, cap) with gradient 1 around zero.
+
+A language model's logits are its largest tensor by far, so this is written to keep one float32 copy of it:
+the forward pass works in place on a copy, the backward pass reads the result, dx = dy (1 - (y / cap)^2).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from openxlstm.layers.norms import at_least_float32
+from openxlstm.layers.precision import at_least_float32
+
+
+class _SoftCap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cap: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wide = at_least_float32(x)
+        y = (wide / cap if wide is x else wide.div_(cap)).tanh_().mul_(cap)
+        ctx.save_for_backward(y)
+        ctx.cap, ctx.dtype = cap, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        slope = 1 - (y / ctx.cap).square()
+        return (dy * slope).to(ctx.dtype), None
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """``cap * tanh(x / cap)`` in float32 (float64 for float64), any shape; ``cap=None`` only casts."""
-    x = at_least_float32(x)
-    return x if cap is None else cap * torch.tanh(x / cap)
+    if cap is None:
+        return at_least_float32(x)
+    return _SoftCap.apply(x, cap)  # pyright: ignore[reportReturnType]

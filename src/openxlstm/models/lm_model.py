@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_
-from openxlstm.layers.norms import at_least_float32
+from openxlstm.layers.precision import at_least_float32
 from openxlstm.layers.stateful import with_state
 from openxlstm.models.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig
 from openxlstm.models.language_model import LanguageModel, check_step_input, check_tokens, split_names

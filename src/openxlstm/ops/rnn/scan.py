@@ -40,14 +40,16 @@ def scan(
 ) -> tuple[Tensor, Any]:
     """Run ``cell`` over time; arguments and results as for :func:`openxlstm.ops.rnn.reference.recurrent`."""
     last = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
-    length = x.shape[1] if torch.is_grad_enabled() else _QUIET_LENGTH
-    pieces = []
-    for begin in range(0, x.shape[1], length):
-        here = slice(begin, begin + length)
-        resets = None if reset is None else reset[:, here]
-        h, last, *_ = _forward(cell.name, x[:, here], weight, bias, last, resets, normalizer_floor)
-        pieces.append(h)
-    h = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        h, last, *_ = _forward(cell.name, x, weight, bias, last, reset, normalizer_floor)
+    else:
+        pieces = []
+        for begin in range(0, x.shape[1], _QUIET_LENGTH):
+            here = slice(begin, begin + _QUIET_LENGTH)
+            resets = None if reset is None else reset[:, here]
+            h, last, *_ = _forward(cell.name, x[:, here], weight, bias, last, resets, normalizer_floor)
+            pieces.append(h)
+        h = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 
 

@@ -176,6 +176,14 @@ def test_short_sequences(make_case, cell, backend, time):
         assert all(torch.equal(a, b) for a, b in zip(outputs[1:], case.state, strict=True))
 
 
+@backends
+@cells
+def test_an_empty_batch(make_case, cell, backend):
+    outputs, gradients = make_case(cell, (0, 3, 2, 4)).run_with_gradients(backend=backend)
+    assert outputs[0].shape == (0, 3, 2, 4)
+    assert not any(g.any() for g in gradients)
+
+
 def test_no_documents_at_all(make_case):
     case = make_case("slstm", (1, 0, 2, 3), states=3)
     h, *last = case.run(cu_seqlens=torch.zeros(4, dtype=torch.int32))

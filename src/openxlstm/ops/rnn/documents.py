@@ -35,28 +35,25 @@ def run_documents(
     """
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(offsets)]
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])  # longest first
-    starts = torch.tensor([offsets[n] for n in order], device=x.device)
-    state = map_state(lambda s: s[torch.tensor(order, device=x.device)], state)
-    x = x[0]
+    order = torch.tensor(sorted(range(len(lengths)), key=lambda n: -lengths[n]), device=x.device)
+    starts = cu_seqlens[:-1].to(x.device).long()[order]
+    cuts = sorted({0, *lengths})
 
-    outputs, positions, finished = [], [], []  # finished: shortest documents first, blocks of rows
-    running, begin = len(order), 0
-    for end in sorted(set(lengths)):
-        if end > begin:
-            index = starts[:running, None] + torch.arange(
-                begin, end, device=x.device
-            )  # (running, end - begin)
-            h, state = run(cell, x[index], weight, bias, state, None, normalizer_floor)
-            outputs.append(h.flatten(0, 1))
-            positions.append(index.flatten())
-        remaining = sum(length > end for length in lengths)
-        finished.append(map_state(lambda s, k=remaining: s[k:], state))
-        state = map_state(lambda s, k=remaining: s[:k], state)
-        running, begin = remaining, end
+    stretches = [(a, b, sum(length >= b for length in lengths)) for a, b in pairwise(cuts)]
+    indices = [starts[:running, None] + torch.arange(a, b, device=x.device) for a, b, running in stretches]
+    positions = torch.cat([index.flatten() for index in indices])  # every position once, stretch by stretch
+    parts = x[0][positions].split([index.numel() for index in indices])
 
-    back = torch.argsort(torch.cat(positions))
-    h = torch.cat(outputs)[back]
-    original = torch.argsort(torch.tensor(order, device=x.device))
+    state = map_state(lambda s: s[order], state)
+    outputs, finished = [], []  # finished: rows in reverse order of their end
+    for part, (a, b, running) in zip(parts, stretches, strict=True):
+        finished.append(map_state(lambda s, k=running: s[k:], state))
+        state = map_state(lambda s, k=running: s[:k], state)
+        h, state = run(cell, part.unflatten(0, (running, b - a)), weight, bias, state, None, normalizer_floor)
+        outputs.append(h.flatten(0, 1))
+    finished.append(state)
+
+    h = torch.cat(outputs)[torch.argsort(positions)]
     columns = zip(*reversed(finished), strict=True)
-    return h[None], cell.state_type(*(torch.cat(column)[original] for column in columns))
+    back = torch.argsort(order)
+    return h[None], cell.state_type(*(torch.cat(column)[back] for column in columns))

@@ -107,16 +107,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h (B, T, H, D), the last state (S, H, B, D), and hs, gates, memory, factors for the backward pass."""
     kind = CELLS[cell]
-    batch, time, _, heads, _ = x.shape
     with torch.autocast(x.device.type, enabled=False):
         hs, gates, memory, factors = _new_buffers(kind, x, weight.dtype)
         _fill_inputs(kind, gates, x, bias)
         hs[:, 0] = state[0]
         matrices = _matrices(weight).mT  # (H, D_in, G_r * D_out)
-        recurrent = gates.view(heads, time, batch, -1)[..., : matrices.shape[2]].unbind(1)
+        recurrent = gates.flatten(3)[..., : matrices.shape[2]].unbind(1)
         steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
         steps.start(state)
-        for t, drop in enumerate(_drops(reset, time)):
+        for t, drop in enumerate(_drops(reset, x.shape[1])):
             h = steps.h[t] if drop is None else steps.h[t].masked_fill(drop, 0)
             recurrent[t].baddbmm_(h, matrices)
             steps.forward(t, h, drop)
@@ -155,10 +154,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the pre-activations (H, T, B, G_b, D), the weight and the initial state (S, H, B, D)."""
     with torch.autocast(hs.device.type, enabled=False):
-        heads, time, batch, slots, d = gates.shape
+        heads, time, batch, _, d = gates.shape
         matrices = _matrices(weight)
         d_gates = torch.empty_like(gates)
-        d_recurrent = d_gates.view(heads, time, batch, slots * d)[..., : matrices.shape[1]]
+        d_recurrent = d_gates.flatten(3)[..., : matrices.shape[1]]
         h_before, rows = hs[:, :-1], None  # (H, T, B, D), (T, B, 1)
         if reset is not None:
             rows = reset.t().unsqueeze(-1)
@@ -189,7 +188,7 @@ def _backward(
         d_h = torch.bmm(from_next[0] if through is None else through, matrices)
         if direct is not None:
             d_h += direct
-        d_weight = torch.bmm(d_recurrent.reshape(heads, time * batch, -1).mT, h_before.reshape(heads, -1, d))
+        d_weight = torch.bmm(d_recurrent.flatten(1, 2).mT, h_before.flatten(1, 2))
         d_weight = d_weight.view(heads, -1, d, d).transpose(0, 1).contiguous()
         return d_gates, d_weight, torch.stack([d_h, *steps.first_gradients()])
 

@@ -8,7 +8,7 @@ from openxlstm.layers.blocks import mLSTMBlock, mLSTMBlockConfig, sLSTMBlock, sL
 from openxlstm.layers.causal_conv import CausalConv1d
 from openxlstm.layers.feedforward import FeedForward, FeedForwardConfig
 from openxlstm.layers.large import LargeFeedForward, mLSTMLargeBlock, mLSTMLargeLayer
-from openxlstm.layers.linear import LinearHeadwise
+from openxlstm.layers.linear import Linear, LinearHeadwise
 from openxlstm.layers.mlstm_layer import mLSTMCell, mLSTMLayer, mLSTMLayerConfig
 from openxlstm.layers.norms import LayerNorm, MultiHeadLayerNorm, PlainMultiHeadLayerNorm, RMSNorm
 from openxlstm.layers.slstm_layer import sLSTMCell, sLSTMLayer, sLSTMLayerConfig
@@ -20,6 +20,7 @@ __all__ = [
     "FeedForwardConfig",
     "LargeFeedForward",
     "LayerNorm",
+    "Linear",
     "LinearHeadwise",
     "MultiHeadLayerNorm",
     "PlainMultiHeadLayerNorm",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_, wang_init_, zero_
+from openxlstm.layers.linear import Linear
 
 ActivationName = Literal["gelu", "relu", "relu^2", "sigmoid", "swish", "selu"]
 
@@ -77,8 +78,8 @@ class FeedForward(nn.Module):
             )
         self.config = config
         self.num_blocks = num_blocks
-        self.proj_up = nn.Linear(config.embedding_dim, 2 * config.proj_up_dim, bias=config.bias)
-        self.proj_down = nn.Linear(config.proj_up_dim, config.embedding_dim, bias=config.bias)
+        self.proj_up = Linear(config.embedding_dim, 2 * config.proj_up_dim, bias=config.bias)
+        self.proj_down = Linear(config.proj_up_dim, config.embedding_dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 

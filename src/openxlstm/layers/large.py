@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
+from openxlstm.layers.linear import Linear
 from openxlstm.layers.norms import PlainMultiHeadLayerNorm, RMSNorm
 from openxlstm.layers.precision import cast_once
 from openxlstm.layers.soft_cap import soft_cap
@@ -105,19 +106,19 @@ class mLSTMLargeLayer(_FusableModule):
             "ifgate_preact": (("igate_preact", heads), ("fgate_preact", heads)),
         }
         if self._fused:
-            self.qkv_opreact = nn.Linear(width, 2 * qk + 2 * v, bias=config.use_bias)
-            self.ifgate_preact = nn.Linear(width, 2 * heads)
+            self.qkv_opreact = Linear(width, 2 * qk + 2 * v, bias=config.use_bias)
+            self.ifgate_preact = Linear(width, 2 * heads)
         else:
-            self.q = nn.Linear(width, qk, bias=config.use_bias)
-            self.k = nn.Linear(width, qk, bias=config.use_bias)
-            self.v = nn.Linear(width, v, bias=config.use_bias)
-            self.ogate_preact = nn.Linear(width, v, bias=config.use_bias)
-            self.igate_preact = nn.Linear(width, heads)
-            self.fgate_preact = nn.Linear(width, heads)
+            self.q = Linear(width, qk, bias=config.use_bias)
+            self.k = Linear(width, qk, bias=config.use_bias)
+            self.v = Linear(width, v, bias=config.use_bias)
+            self.ogate_preact = Linear(width, v, bias=config.use_bias)
+            self.igate_preact = Linear(width, heads)
+            self.fgate_preact = Linear(width, heads)
         self.multihead_norm = PlainMultiHeadLayerNorm(
             v, config.norm_eps, config.use_bias, config.norm_reduction_force_float32
         )
-        self.out_proj = nn.Linear(v, width, bias=config.use_bias)
+        self.out_proj = Linear(v, width, bias=config.use_bias)
         self.reset_parameters()
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -223,11 +224,11 @@ class LargeFeedForward(_FusableModule):
         self._fused = config.weight_mode == "fused"
         self._fusions = {"proj_up_gate_z": (("proj_up_gate", hidden), ("proj_up", hidden))}
         if self._fused:
-            self.proj_up_gate_z = nn.Linear(width, 2 * hidden, bias=bias)
+            self.proj_up_gate_z = Linear(width, 2 * hidden, bias=bias)
         else:
-            self.proj_up_gate = nn.Linear(width, hidden, bias=bias)
-            self.proj_up = nn.Linear(width, hidden, bias=bias)
-        self.proj_down = nn.Linear(hidden, width, bias=bias)
+            self.proj_up_gate = Linear(width, hidden, bias=bias)
+            self.proj_up = Linear(width, hidden, bias=bias)
+        self.proj_down = Linear(hidden, width, bias=bias)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block-diagonal linear maps: each head (or small block of channels) is mapped on its own."""
+"""Linear maps: dense, and block-diagonal where each head (or small block of channels) goes alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_, zero_
+from openxlstm.ops import linear
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` on the package's dense operator, whose bfloat16 form is fast on every CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class LinearHeadwise(nn.Module):

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from openxlstm.layers.causal_conv import CausalConv1d
 from openxlstm.layers.feedforward import projected_dim
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
-from openxlstm.layers.linear import LinearHeadwise
+from openxlstm.layers.linear import Linear, LinearHeadwise
 from openxlstm.layers.norms import MultiHeadLayerNorm
 from openxlstm.layers.precision import cast_once
 from openxlstm.layers.stateful import with_state
@@ -70,8 +70,8 @@ class mLSTMCell(nn.Module):
         super().__init__()
         inner, self.num_heads = config.inner_embedding_dim, config.num_heads
         self.backend = config.ops_backend
-        self.igate = nn.Linear(3 * inner, self.num_heads)
-        self.fgate = nn.Linear(3 * inner, self.num_heads)
+        self.igate = Linear(3 * inner, self.num_heads)
+        self.fgate = Linear(3 * inner, self.num_heads)
         self.outnorm = MultiHeadLayerNorm(inner)
 
     def forward(
@@ -138,14 +138,14 @@ class mLSTMLayer(nn.Module):
                 f"choose a divisor of {inner}"
             )
         blocks = inner // config.qkv_proj_blocksize
-        self.proj_up = nn.Linear(width, 2 * inner, bias=config.bias)
+        self.proj_up = Linear(width, 2 * inner, bias=config.bias)
         self.q_proj = LinearHeadwise(inner, blocks, bias=config.bias)
         self.k_proj = LinearHeadwise(inner, blocks, bias=config.bias)
         self.v_proj = LinearHeadwise(inner, blocks, bias=config.bias)
         self.conv1d = CausalConv1d(inner, config.conv1d_kernel_size)
         self.mlstm_cell = mLSTMCell(config)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
-        self.proj_down = nn.Linear(inner, width, bias=config.bias)
+        self.proj_down = Linear(inner, width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from openxlstm.layers.blocks import run_blocks, step_blocks
 from openxlstm.layers.initialization import small_init_
 from openxlstm.layers.large import mLSTMLargeBlock
+from openxlstm.layers.linear import Linear
 from openxlstm.layers.norms import RMSNorm
 from openxlstm.layers.soft_cap import soft_cap
 from openxlstm.models.language_model import (
@@ -169,7 +170,7 @@ class xLSTMLarge(LanguageModel):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.backbone = xLSTMLargeBackbone(config)
-        self.lm_head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.embedding_dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
         self._reset_embedding_and_head(None)

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_
+from openxlstm.layers.linear import Linear
 from openxlstm.layers.precision import at_least_float32
 from openxlstm.layers.stateful import with_state
 from openxlstm.models.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig
@@ -51,7 +52,7 @@ class xLSTMLMModel(LanguageModel):
         self.xlstm_block_stack = xLSTMBlockStack(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.emb_dropout = nn.Dropout(config.dropout) if config.add_embedding_dropout else nn.Identity()
-        self.lm_head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.embedding_dim, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         self._reset_embedding_and_head(None)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from openxlstm.layers.blocks import mLSTMBlockConfig, sLSTMBlockConfig
 from openxlstm.layers.initialization import small_init_, zero_
+from openxlstm.layers.linear import Linear
 from openxlstm.layers.mlstm_layer import mLSTMLayerConfig
 from openxlstm.layers.slstm_layer import sLSTMLayerConfig
 from openxlstm.models.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig
@@ -102,7 +103,7 @@ class xLSTM(nn.Module):
         )
         directions = 2 if bidirectional else 1
         self.input_projections = nn.ModuleList(
-            nn.Linear(input_size, hidden_size, bias=bias) for _ in range(directions)
+            Linear(input_size, hidden_size, bias=bias) for _ in range(directions)
         )
         self.stacks = nn.ModuleList(xLSTMBlockStack(config) for _ in range(directions))
         self._reset_projections(None)

@@ -246,7 +246,7 @@ def _peak_flops(dtype: torch.dtype, device: torch.device, threads: int, seconds:
         product = torch.empty_like(factor)
         elapsed = _best_time(functools.partial(torch.mm, factor, factor, out=product), device, seconds / 4)
         best = max(best, 2 * size**3 / elapsed)
-        if elapsed > seconds / 8:  # the next size would take too long and gain nothing
+        if size > 128 and elapsed > seconds / 8:  # the next size would take too long and gain nothing
             break
     return best
 

@@ -10,8 +10,9 @@ The names below are loaded when they are first used, so ``import openxlstm`` cos
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from openxlstm.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -37,23 +38,12 @@ __all__ = [
     "training",
 ]
 
-_HOME = {
-    "load_pretrained": "openxlstm.checkpoint",
-    "save_pretrained": "openxlstm.checkpoint",
-    "Generator": "openxlstm.inference",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in __all__:
-        value = importlib.import_module(f"openxlstm.{name}")
-    else:
-        raise AttributeError(f"module 'openxlstm' has no attribute '{name}'")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        **{name: name for name in __all__ if name.islower() and not name.startswith("_")},
+        "Generator": "inference",
+        "load_pretrained": "checkpoint",
+        "save_pretrained": "checkpoint",
+    },
+)

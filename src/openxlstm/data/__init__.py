@@ -11,8 +11,9 @@ Names are imported when first used: reading text needs no PyTorch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from openxlstm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from openxlstm.data.corpus import Corpus, CorpusDocument, open_corpus
@@ -29,24 +30,6 @@ if TYPE_CHECKING:
         as_source,
         python_standard_library,
     )
-
-_MODULES = {
-    "Batch": "loader",
-    "Corpus": "corpus",
-    "CorpusDocument": "corpus",
-    "FileTree": "sources",
-    "JSONLines": "sources",
-    "Manifest": "shards",
-    "PackedLoader": "loader",
-    "Source": "sources",
-    "TextFile": "sources",
-    "Texts": "sources",
-    "TokenDataset": "dataset",
-    "as_source": "sources",
-    "open_corpus": "corpus",
-    "prepare": "preparation",
-    "python_standard_library": "sources",
-}
 
 __all__ = [
     "Batch",
@@ -66,12 +49,23 @@ __all__ = [
     "python_standard_library",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Batch": "loader",
+        "Corpus": "corpus",
+        "CorpusDocument": "corpus",
+        "FileTree": "sources",
+        "JSONLines": "sources",
+        "Manifest": "shards",
+        "PackedLoader": "loader",
+        "Source": "sources",
+        "TextFile": "sources",
+        "Texts": "sources",
+        "TokenDataset": "dataset",
+        "as_source": "sources",
+        "open_corpus": "corpus",
+        "prepare": "preparation",
+        "python_standard_library": "sources",
+    },
+)

@@ -209,11 +209,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _best_time(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Shortest time of one call to ``run`` among repeats that fill about ``seconds`` (after one warm-up)."""
+    """Shortest time of one call to ``run`` among at least eight that fill ``seconds``, after a warm-up.
+
+    The shortest, because on a shared machine the others measure the neighbours.
+    """
     run()
     _synchronize(device)
     best, spent, repeats = float("inf"), 0.0, 0
-    while repeats < 3 or spent < seconds:
+    while repeats < 8 or spent < seconds:
         start = time.perf_counter()
         run()
         _synchronize(device)
@@ -241,13 +244,13 @@ def measure_peak_flops(
 @functools.cache
 def _peak_flops(dtype: torch.dtype, device: torch.device, threads: int, seconds: float) -> float:
     best = 0.0
-    for size in (128, 512, 1024, 2048) if device.type == "cpu" else (1024, 4096, 8192):
+    for size in (256, 512, 1024, 2048) if device.type == "cpu" else (1024, 4096, 8192):
+        if best and 2 * size**3 / best > 0.5:
+            break  # so slow per product: it is as fast as it gets
         factor = torch.ones(size, size, dtype=dtype, device=device)
         product = torch.empty_like(factor)
         elapsed = _best_time(functools.partial(torch.mm, factor, factor, out=product), device, seconds / 4)
         best = max(best, 2 * size**3 / elapsed)
-        if size > 128 and elapsed > seconds / 8:  # the next size would take too long and gain nothing
-            break
     return best
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openxlstm.cli.recipe import read_recipe
 from openxlstm.config import config_from_dict, read_mapping
 from openxlstm.models import build_config, build_model, parameter_count
 from openxlstm.training import TrainerConfig
@@ -22,12 +23,11 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_into_configurations(path: Path) -> None:
-    recipe = read_mapping(path)
-    assert list(recipe) == ["model", "data", "train"]
-    build_config(recipe["model"])
-    config = config_from_dict(TrainerConfig, recipe["train"], where="train.")
-    assert config.output.name == path.stem
-    assert recipe["data"]["context_length"] >= 1
+    assert list(read_mapping(path))[:3] == ["model", "data", "train"]
+    recipe = read_recipe(path)
+    assert recipe.train.output.name == path.stem
+    assert recipe.data.context_length >= 1
+    assert recipe.data.tokenizer or path.stem == "demo"
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
@@ -37,6 +37,12 @@ def test_published_sizes(name: str) -> None:
     with torch.device("meta"):
         model = build_model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
+
+
+def test_the_demo_recipe_is_the_demos_model() -> None:
+    from openxlstm.cli.demo import MODEL
+
+    assert read_recipe(RECIPES / "demo.yaml").model == MODEL
 
 
 def test_the_7b_recipe_is_the_published_one() -> None:

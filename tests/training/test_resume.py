@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from openxlstm.checkpoint import byte_tokenizer
 from openxlstm.data import prepare
 from openxlstm.data.sources import Texts
 from openxlstm.models import build_model
-from openxlstm.training import NonFiniteLossError, Trainer, TrainingInterrupted, read_log
+from openxlstm.training import NonFiniteLossError, Trainer, TrainingInterrupted, checkpointing, read_log
 
 Make = Callable[..., Trainer]
 Log = Callable[[Path], list[dict[str, Any]]]
@@ -34,6 +35,15 @@ def program(data: Path, output: Path, *options: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for_step(log: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.exists() and any(record["step"] >= step for record in read_log(log)):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"the run did not reach step {step}")
 
 
 def assert_same_checkpoint(left: Path, right: Path, step: int) -> None:
@@ -136,16 +146,14 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, data: Path, straight: Path, log_of: Log) -> None:
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        program(data, output, "20000"), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        if (output / "log.jsonl").exists() and read_log(output / "log.jsonl")[-1]["step"] >= 3:
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    command = program(data, output, "20000")
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_step(output / "log.jsonl", 3)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, error
     assert "press Ctrl-C again" in error
     assert "everything is saved in" in error
@@ -186,6 +194,29 @@ def test_the_second_signal_quits_at_once(make_trainer: Make, tmp_path: Path) -> 
         make_trainer(tmp_path / "run", sample=interrupt).fit()
     assert not isinstance(caught.value, TrainingInterrupted)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_full_disk_while_saving_stops_the_run_and_costs_nothing_earlier(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: Path, log_of: Log
+) -> None:
+    trainer = make_trainer(tmp_path / "run", sample=draws)
+    write = checkpointing.save_file
+
+    def full(*arguments: Any) -> None:
+        if trainer.step > 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "save_file", full)
+        with pytest.raises(OSError, match=r"No space left on device; .*step_00000010") as caught:
+            trainer.fit()
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "run" / "model").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
+    make_trainer(tmp_path / "run", sample=draws).fit(resume=True)
+    assert_same_checkpoint(tmp_path / "run", straight, 20)
+    assert log_of(tmp_path / "run") == log_of(straight)
 
 
 def test_a_resumed_run_can_be_longer_and_slower(make_trainer: Make, tmp_path: Path) -> None:

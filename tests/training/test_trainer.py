@@ -86,6 +86,33 @@ def test_accumulation_is_exact(
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_averaging_over_processes_gives_the_same_gradient(
+    tmp_path: Path, rel_error: Callable[..., float], parts: int
+) -> None:
+    """What data parallelism does: each process its rows, gradients averaged, tokens counted over all."""
+    everything = Uneven().batch(0, 0, 1).num_targets
+    averaged: list[Tensor] = []
+    for rank in range(2):
+        torch.manual_seed(1)
+        model = build_model(FIELDS).double()
+        config = TrainerConfig(
+            steps=1, batch_size=6, gradient_accumulation=parts, device="cpu", precision="float32", clip=0.0,
+            output=tmp_path / str(rank), tensorboard=False, progress=False,
+        )  # fmt: skip
+        trainer = Trainer(model, config, Uneven(), rank=rank, world_size=2)
+        trainer._sum_over_processes = lambda value: (  # stands for all_reduce
+            value if value.is_floating_point() else torch.tensor(everything)
+        )
+        trainer.optimizer.step = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.optimizer.zero_grad = lambda set_to_none=True: None
+        trainer.fit()
+        averaged.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / 2)
+    expected = torch.cat([gradient.flatten() for gradient in gradients_of_the_mean_loss(torch.float64)])
+    assert rel_error(averaged[0] + averaged[1], expected) < 1e-12
+    assert not (tmp_path / "1").exists()  # only the first process writes
+
+
 def test_a_run_from_start_to_model(make_trainer: Make, tmp_path: Path, data: Path) -> None:
     trainer = make_trainer(
         tmp_path / "run",

@@ -68,6 +68,10 @@ class CheckpointStore:
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=_step_of)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` updates lies or would lie."""
+        return self.directory / f"step_{step:08d}"
+
     def latest(self) -> Path | None:
         """The latest whole checkpoint (its files are checked, not read), or None."""
         for path in reversed(self.paths()):
@@ -93,7 +97,7 @@ class CheckpointStore:
         Raises:
             OSError: it could not be written, on a full disk for instance; the earlier ones are untouched.
         """
-        path = self.directory / f"step_{step:08d}"
+        path = self.path(step)
         temporary = self.directory / f".{path.name}.{os.getpid()}.tmp"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -356,9 +356,13 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Write everything that resuming needs, in a directory that ``load_pretrained`` reads too.
 
+        Process 0 writes, its own generators among the rest.
+
         Raises:
             OSError: it could not be written; earlier checkpoints are intact.
         """
+        if self.rank != 0:
+            return self.checkpoints.path(self.step)
         generators, generator_values = generator_state(self.device)
         tensors = {
             "model": self.model.state_dict(),
@@ -381,10 +385,10 @@ class Trainer:
         return self.checkpoints.save(self.step, tensors, state, texts)
 
     def _refuse_existing_run(self) -> None:
-        latest = self.checkpoints.latest()
-        if latest is not None:
+        existing = self.checkpoints.paths()
+        if existing:
             raise FileExistsError(
-                f"'{self.config.output}' already holds a run, its latest checkpoint is '{latest.name}': "
+                f"'{self.config.output}' already holds a run, up to checkpoint '{existing[-1].name}': "
                 f"{self.resume_hint}, or choose another output directory"
             )
 

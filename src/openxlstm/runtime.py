@@ -244,7 +244,7 @@ def measure_peak_flops(
 @functools.cache
 def _peak_flops(dtype: torch.dtype, device: torch.device, threads: int, seconds: float) -> float:
     best = 0.0
-    for size in (256, 512, 1024, 2048) if device.type == "cpu" else (1024, 4096, 8192):
+    for size in (256, 512, 1024) if device.type == "cpu" else (1024, 4096, 8192):
         if best and 2 * size**3 / best > 0.5:
             break  # so slow per product: it is as fast as it gets
         factor = torch.ones(size, size, dtype=dtype, device=device)

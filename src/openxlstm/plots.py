@@ -91,7 +91,7 @@ def plot_loss_curve(
 def _read(path: str | Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; lines that are not JSON (cut short by a crash) are left out."""
     records: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -61,6 +61,6 @@ def check_continuation(checkpoint: Checkpoint, model: nn.Module, config: Trainer
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    names = [*before, *(name for name in now if name not in before)]
-    pairs = {name: [before.get(name), now.get(name)] for name in names}
+    """Fields with two values. Fields that only one side knows are another version's and do not count."""
+    pairs = {name: [value, now[name]] for name, value in before.items() if name in now}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,16 +1,14 @@
-"""The demo's baselines: a proper probability distribution, known compression, an honest split."""
+"""The demo's baselines: a proper probability distribution, known compression."""
 
 from __future__ import annotations
 
 import gzip
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from openxlstm.cli.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
-from openxlstm.cli.corpus import split, standard_library_files
 
 TEXT = [b"the cat sat on the mat. the dog sat on the log.", b"a cat and a dog", b"\x00\xff\x00"]
 
@@ -54,21 +52,3 @@ def test_compressors() -> None:
     text = b"".join(TEXT) * 20
     assert gzip_bits_per_byte(TEXT * 20) == 8 * len(gzip.compress(text, 9)) / len(text)
     assert 0 < xz_bits_per_byte(TEXT * 20) < 8
-
-
-def test_split_is_complete_and_depends_on_names_only() -> None:
-    files = [(f"m{n}.py", bytes(100)) for n in range(40)]
-    training, held_out = split(files, 500)
-    assert sorted(training + held_out) == sorted(files)
-    assert len(held_out) == 5
-    assert split(files[::-1], 500) == (training, held_out)
-    with pytest.raises(ValueError, match="too few"):
-        split(files, 10_000)
-
-
-def test_standard_library(tmp_path: Path) -> None:
-    files = standard_library_files()
-    assert sum(len(text) for _, text in files) > 2_000_000
-    assert not [name for name, _ in files if "site-packages" in name or name.startswith("test/")]
-    with pytest.raises(FileNotFoundError, match="no Python source"):
-        standard_library_files(tmp_path)

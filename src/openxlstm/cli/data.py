@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,12 @@ def run(arguments: Sequence[str]) -> int:
     if not sources:
         raise ValueError("name some text: files, directories, or --standard-library")
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    corpus = open_corpus(sources, validation_fraction=options.validation_fraction, progress=True)
+    progress = sys.stderr.isatty()
+    corpus = open_corpus(sources, validation_fraction=options.validation_fraction, progress=progress)
     if tokenizer is None:
         print(f"training a tokenizer of {options.vocab_size} tokens")
         tokenizer = train_bpe(corpus.texts("train"), options.vocab_size)
-    manifest = prepare(corpus, options.output, tokenizer, workers=options.workers)
+    manifest = prepare(corpus, options.output, tokenizer, workers=options.workers, progress=progress)
     print(manifest.summary())
     print(f"train on it:  openxlstm train RECIPE.yaml --data.path {options.output}")
     return 0

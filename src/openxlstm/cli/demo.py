@@ -89,7 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     _heading(f"1/4  text: {source.name}")
     corpus = open_corpus(source, validation_fraction=HELD_OUT)
     tokenizer = train_bpe(corpus.texts("train"), VOCABULARY)
-    print(prepare(corpus, output / "data", tokenizer).summary())
+    progress = sys.stderr.isatty()
+    print(prepare(corpus, output / "data", tokenizer, progress=progress).summary())
 
     _heading("2/4  baselines on the held-out text, in bits per byte")
     baselines = measure_baselines(

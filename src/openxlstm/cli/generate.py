@@ -50,11 +50,11 @@ class GenerateOptions(SamplingOptions):
 def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(GenerateOptions, arguments, command="generate", examples=EXAMPLES)
-    prompts = None if options.prompts is None else read_prompts(options.prompts)
-    if prompts is not None and (options.prompt or options.state_in or options.state_out):
+    if options.prompts is not None and (options.prompt or options.state_in or options.state_out):
         raise ValueError(
             "--prompts goes with neither a prompt on the command line nor --state-in/--state-out"
         )
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
     model, tokenizer = load_pretrained(options.model, dtype=options.dtype, device=options.device)
     if tokenizer is None:
         raise ValueError(f"'{options.model}' has no tokenizer; put a tokenizer.json beside the weights")

@@ -56,14 +56,15 @@ def _nearest_option(options: type, page: str) -> str:
 
 
 def _sentence(page: str) -> str:
-    """The message inside tyro's box."""
+    """The message inside tyro's box: what stands between its title and the next rule."""
     page = re.sub(r"\x1b\[[0-9;]*m", "", page)
-    lines = [line.strip("│| ").strip() for line in page.splitlines()]
+    title, *lines = [text for line in page.splitlines() if (text := line.strip("│|╭╮╰╯+ "))] or [""]
     kept: list[str] = []
     for line in lines:
-        if line.startswith(("╭", "╰", "+")) or not line:
-            continue
-        if set(line) <= set("─-"):
-            break
-        kept.append(line)
-    return " ".join(" ".join(kept).split()).rstrip(".") or "the options could not be understood"
+        if not line.strip("─-"):
+            if kept:
+                break
+        else:
+            kept.append(line)
+    message = " ".join(" ".join(kept).split()).partition(" Got errors:")[0]
+    return message.rstrip(".") or title or "the options could not be understood"

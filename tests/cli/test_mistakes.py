@@ -1,0 +1,206 @@
+"""What users get wrong: each case is one clear line, a non-zero exit, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+def test_missing_corpus(mistake: Callable, tmp_path: Path) -> None:
+    line = mistake("data", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert "nowhere" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_corpus(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    line = mistake("data", tmp_path / "texts", "--output", tmp_path / "out")
+    assert "the corpus is empty" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_source_and_no_output(mistake: Callable, tmp_path: Path) -> None:
+    assert "--standard-library" in mistake("data", "--output", tmp_path / "out")
+    assert "--output" in mistake("data", tmp_path)
+
+
+def test_missing_tokenizer(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    line = mistake("data", tmp_path / "a.txt", "--output", tmp_path / "out", "--tokenizer", tmp_path / "none")
+    assert "tokenizer" in line
+
+
+def test_missing_data(mistake: Callable, recipe: Path, tmp_path: Path) -> None:
+    assert "nowhere" in mistake("train", recipe, "--data.path", tmp_path / "nowhere")
+    assert "`openxlstm data`" in mistake("train", recipe, "--data.path", "null")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_recipe(mistake: Callable, tmp_path: Path) -> None:
+    assert "does not exist" in mistake("train", tmp_path / "no.yaml")
+
+
+def test_recipe_that_is_not_yaml(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model: [")
+    assert "not a valid configuration file" in mistake("train", tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "suggestion"),
+    [
+        ("train.step", "3", "steps"),
+        ("train.learning-rat", "1e-3", "learning_rate"),
+        ("trian.steps", "3", "train"),
+        ("model.embeding_dim", "32", "embedding_dim"),
+        ("model.mlstm_block.mlstm.num_head", "2", "num_heads"),
+        ("data.context_len", "8", "context_length"),
+        ("model.model_type", "xlstm_larg", "xlstm_large"),
+    ],
+)
+def test_unknown_field(mistake: Callable, recipe: Path, name: str, value: str, suggestion: str) -> None:
+    assert f"Did you mean '{suggestion}'?" in mistake("train", recipe, f"--{name}", value, code=[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("train.steps", "many", "train.steps must be int"),
+        ("train.steps", "0", "at least 1"),
+        ("train.schedule", "cosin", "cosine"),
+        ("train.learning_rate", "-1", "positive"),
+        ("model.slstm_at", "[7]", "positions 0 to 1"),
+        ("model.vocab_size", "100", "token id"),
+        ("data.context_length", "100000", "context_length"),
+        ("train.device", "gpu", "unknown device"),
+    ],
+)
+def test_impossible_value(mistake: Callable, recipe: Path, name: str, value: str, text: str) -> None:
+    assert text in mistake("train", recipe, f"--{name}", value, code=[2])
+
+
+def test_override_without_value(mistake: Callable, recipe: Path) -> None:
+    assert "needs a value" in mistake("train", recipe, "--train.steps")
+
+
+def test_heads_that_do_not_divide_the_width(mistake: Callable, recipe: Path) -> None:
+    line = mistake("train", recipe, "--model.mlstm_block.mlstm.num_heads", "7", code=[2])
+    assert "7" in line
+    assert "divide" in line
+
+
+def test_unknown_backend(mistake: Callable, recipe: Path) -> None:
+    line = mistake("train", recipe, "--model.mlstm_block.mlstm.ops_backend", "chunkwize", code=[2])
+    assert "unknown backend 'chunkwize'" in line
+    assert "chunkwise" in line
+
+
+def test_run_that_exists(cli: Callable, mistake: Callable, recipe: Path) -> None:
+    assert cli("train", recipe).code == 0
+    assert "already holds a run" in mistake("train", recipe)
+
+
+def test_missing_checkpoint(mistake: Callable, tmp_path: Path) -> None:
+    assert "does not exist" in mistake("generate", tmp_path / "nowhere", "x", code=[1])
+    assert "nowhere" in mistake("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def copy_of(model: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in model.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_truncated_checkpoint(mistake: Callable, model: Path, tmp_path: Path) -> None:
+    copy = copy_of(model, tmp_path / "copy")
+    weights = next(copy.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert weights.name in mistake("generate", copy, "x")
+    assert mistake("convert", copy, tmp_path / "out", "--to", "reference")
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_checkpoint(mistake: Callable, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    save_file({"transformer.wte.weight": torch.zeros(4, 4)}, foreign / "model.safetensors")
+    (foreign / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "foreign" in mistake("generate", foreign, "x")
+
+
+def test_damaged_tokenizer(mistake: Callable, model: Path, tmp_path: Path) -> None:
+    copy = copy_of(model, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text("{")
+    assert "tokenizer" in mistake("generate", copy, "x")
+
+
+def test_token_id_out_of_range(mistake: Callable, shards: Path, recipe: Path) -> None:
+    line = mistake("train", recipe, "--model.vocab_size", "50", code=[2])
+    assert "vocab" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--dtype", "float3"], "unknown dtype 'float3'"),
+        (["--device", "tpu9"], "device"),
+        (["--prompts", "nowhere.txt"], "--prompts goes with neither"),
+    ],
+)
+def test_impossible_generation(mistake: Callable, model: Path, options: list[str], text: str) -> None:
+    assert text in mistake("generate", model, "x", *options, code=[2])
+
+
+def test_prompt_files(mistake: Callable, model: Path, tmp_path: Path) -> None:
+    assert "does not exist" in mistake("generate", model, "--prompts", tmp_path / "no.txt")
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "holds no prompts" in mistake("generate", model, "--prompts", tmp_path / "empty.txt")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    assert "line 2" in mistake("generate", model, "--prompts", tmp_path / "bad.jsonl")
+
+
+def test_state_of_another_model(mistake: Callable, model: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.state")
+    assert "not a saved" in mistake("generate", model, "--state-in", tmp_path / "x.state")
+    assert "does not exist" in mistake("generate", model, "--state-in", tmp_path / "none.state")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing to disk fails as it does on a full one."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_while_converting(mistake: Callable, model: Path, tmp_path: Path) -> None:
+    assert "disk is full" in mistake("convert", model, tmp_path / "out", "--to", "reference", code=[1])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_while_training(mistake: Callable, recipe: Path, tmp_path: Path) -> None:
+    assert "disk is full" in mistake("train", recipe, code=[1])
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".jsonl"]
+    assert left == []
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_while_preparing(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for n in range(9):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"text number {n}")
+    words = ("data", tmp_path / "texts", "--output", tmp_path / "out", "--tokenizer", "bytes")
+    assert "disk is full" in mistake(*words, code=[1])

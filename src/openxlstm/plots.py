@@ -109,8 +109,8 @@ def _series(records: Sequence[Mapping[str, Any]], kind: str, unit: str) -> list[
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a hundredth of the curve, without the bias of its first values."""
-    rate = min(1.0, 100 / max(len(values), 1))
+    """Exponential mean over a few percent of the curve, without the bias of its first values."""
+    rate = min(1.0, 25 / max(len(values), 1))
     mean = weight = 0.0
     result: list[float] = []
     for value in values:

@@ -1,7 +1,7 @@
 """Soft capping: cap * tanh(x / cap), which keeps values in (-cap, cap) with gradient 1 around zero.
 
 A language model's logits are its largest tensor by far, so this is written to keep one float32 copy of it:
-the forward pass works in place on a copy, the backward pass reads the result, dx = dy (1 - (y / cap)^2).
+both passes work in place on a copy, and the backward pass reads the result, dx = dy (1 - (y / cap)^2).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class _SoftCap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        slope = 1 - (y / ctx.cap).square()
-        return (dy * slope).to(ctx.dtype), None
+        if torch.is_grad_enabled():  # differentiated once more
+            return (dy * (1 - (y / ctx.cap).square())).to(ctx.dtype), None
+        return (y / ctx.cap).square_().neg_().add_(1).mul_(dy).to(ctx.dtype), None
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -172,3 +172,18 @@ def test_only_the_definition_is_twice_differentiable(make_case):
     (gradient,) = torch.autograd.grad(h.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+def test_the_number_of_threads_is_restored_and_does_not_matter(make_case):
+    case = make_case("slstm", (2, 5, 2, 4), dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(case.run_with_gradients())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

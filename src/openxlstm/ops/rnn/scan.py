@@ -14,16 +14,21 @@ Not twice differentiable; the backend ``recurrent`` is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openxlstm.ops.rnn.cells import CELLS, Cell
-from openxlstm.ops.rnn.scan_cells import STEPS, by_time
+from openxlstm.ops.rnn.scan_cells import STEPS, ElmanSteps, by_time
 
 _BLOCK_ELEMENTS = 32768
 """Size of one coefficient of a backward block: a few dozen of them fit the second-level cache."""
+
+_ONE_THREAD_FLOPS = 4e6
+"""Matrix products of a step up to this size are faster on one thread: waking a second costs more."""
 
 _QUIET_LENGTH = 256
 """Positions per call when no gradient is recorded, so that nothing is kept for a backward pass."""
@@ -74,6 +79,20 @@ def _matrices(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).reshape(weight.shape[1], -1, weight.shape[3])
 
 
+@contextmanager
+def _step_threads(weight: Tensor, batch: int) -> Iterator[None]:
+    """Run the small products of a loop over time on one thread, then restore the number of threads."""
+    threads = torch.get_num_threads()
+    if weight.device.type != "cpu" or threads == 1 or 2 * batch * weight.numel() > _ONE_THREAD_FLOPS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _drops(reset: Tensor | None, time: int) -> list[Tensor | None]:
     """For each position the rows that start empty there, (B, 1), or None when there are none."""
     if reset is None:
@@ -115,10 +134,11 @@ def _forward(
         recurrent = gates.flatten(3)[..., : matrices.shape[2]].unbind(1)
         steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
         steps.start(state)
-        for t, drop in enumerate(_drops(reset, x.shape[1])):
-            h = steps.h[t] if drop is None else steps.h[t].masked_fill(drop, 0)
-            recurrent[t].baddbmm_(h, matrices)
-            steps.forward(t, h, drop)
+        with _step_threads(weight, x.shape[0]):
+            for t, drop in enumerate(_drops(reset, x.shape[1])):
+                h = steps.h[t] if drop is None else steps.h[t].masked_fill(drop, 0)
+                recurrent[t].baddbmm_(h, matrices)
+                steps.forward(t, h, drop)
         last = torch.stack([steps.h[-1], *steps.last()])
         h = hs[:, 1:].permute(2, 1, 0, 3).clone(memory_format=torch.contiguous_format)
         return h, last, hs, gates, memory, factors
@@ -137,6 +157,42 @@ def _(
     batch, time, _, heads, d = x.shape
     h = x.new_empty((batch, time, heads, d), dtype=weight.dtype)
     return h, state.new_empty(state.shape), *_new_buffers(CELLS[cell], x, weight.dtype)
+
+
+def _walk_back(
+    steps: ElmanSteps,
+    d_hs: Tensor,
+    d_last: Tensor | None,
+    d_recurrent: Tensor,
+    matrices: Tensor,
+    rows: Tensor | None,
+    drops: list[Tensor | None],
+) -> Tensor:
+    """Fill ``d_recurrent`` (H, T, B, G_r * D) from the end to the start; the gradient of the first h.
+
+    d_hs (B, T, H, D), matrices (H, G_r * D_out, D_in), rows (T, B, 1) the resets, drops those by position.
+    """
+    heads, time, batch, _ = d_recurrent.shape
+    block = max(1, _BLOCK_ELEMENTS // max(1, heads * batch * d_hs.shape[3]))
+    d_p = d_recurrent.unbind(1)
+    direct = None if d_last is None else d_last[0]  # what reaches h from the next position directly
+    through: Tensor | None = None  # and through the recurrent weight
+    for end in range(time, 0, -block):
+        begin = max(0, end - block)
+        steps.prepare(begin, end, None if rows is None else rows[begin:end])
+        upstream = d_hs[:, begin:end].permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
+        for t, d_h in zip(reversed(range(begin, end)), reversed(upstream.unbind(0)), strict=True):
+            if direct is not None:
+                d_h.add_(direct)
+            if through is not None:
+                d_h.baddbmm_(through, matrices)
+            drop = drops[t]
+            direct, through = steps.backward(t, t - begin, d_h, drop), d_p[t]
+            if drop is not None:
+                direct = None if direct is None else direct.masked_fill(drop, 0)
+                through = through.masked_fill(drop, 0)
+    d_first = torch.bmm(d_p[0] if through is None else through, matrices)
+    return d_first if direct is None else d_first + direct
 
 
 @torch.library.custom_op("openxlstm::rnn_scan_backward", mutates_args=())
@@ -162,35 +218,13 @@ def _backward(
         if reset is not None:
             rows = reset.t().unsqueeze(-1)
             h_before = h_before.masked_fill(rows, 0)
-        drops = _drops(reset, time)
         steps = STEPS[cell](gates, hs, memory, factors, normalizer_floor)
         steps.start_backward(d_gates, d_last, by_time(h_before))
-
-        from_next = d_recurrent.unbind(1)
-        direct = None if d_last is None else d_last[0]
-        through: Tensor | None = None
-        block = max(1, _BLOCK_ELEMENTS // max(1, heads * batch * d))
-        for end in range(time, 0, -block):
-            begin = max(0, end - block)
-            steps.prepare(begin, end, None if rows is None else rows[begin:end])
-            upstream = d_hs[:, begin:end].permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
-            for t, d_h in zip(reversed(range(begin, end)), reversed(upstream.unbind(0)), strict=True):
-                if direct is not None:
-                    d_h.add_(direct)
-                if through is not None:
-                    d_h.baddbmm_(through, matrices)
-                drop = drops[t]
-                direct, through = steps.backward(t, t - begin, d_h, drop), from_next[t]
-                if drop is not None:
-                    direct = None if direct is None else direct.masked_fill_(drop, 0)
-                    through = through.masked_fill(drop, 0)
-
-        d_h = torch.bmm(from_next[0] if through is None else through, matrices)
-        if direct is not None:
-            d_h += direct
+        with _step_threads(weight, batch):
+            d_first = _walk_back(steps, d_hs, d_last, d_recurrent, matrices, rows, _drops(reset, time))
         d_weight = torch.bmm(d_recurrent.flatten(1, 2).mT, h_before.flatten(1, 2))
         d_weight = d_weight.view(heads, -1, d, d).transpose(0, 1).contiguous()
-        return d_gates, d_weight, torch.stack([d_h, *steps.first_gradients()])
+        return d_gates, d_weight, torch.stack([d_first, *steps.first_gradients()])
 
 
 @_backward.register_fake

@@ -81,6 +81,7 @@ class TrainerConfig:
     """Show a progress bar and messages on standard error."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (

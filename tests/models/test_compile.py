@@ -51,6 +51,29 @@ def test_compile_step(model):
     torch.testing.assert_close(step(x[:, :1], state)[0], expected)
 
 
+class Step(torch.nn.Module):
+    """One decoding step as a module, for export."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, state):
+        return self.model.step(tokens, state)
+
+
+@torch.no_grad()
+def test_export_step(model):
+    x, state = torch.randint(40, (2, 2)), model.initial_state(2)
+    program = torch.export.export(Step(model), (x[:, :1], state)).module()
+    for t in range(2):
+        expected, expected_state = model.step(x[:, t : t + 1], state)
+        logits, state = program(x[:, t : t + 1], state)
+        torch.testing.assert_close(logits, expected)
+        for a, b in zip(leaves(state), leaves(expected_state), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_export(model, dynamic):

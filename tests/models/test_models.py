@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -274,3 +276,25 @@ def test_feedforward_of_the_stack_gets_its_width_and_dropout():
     assert stack.blocks[0].ffn.config.act_fn == "swish"
     assert stack.blocks[0].ffn.dropout.p == 0.25
     assert stack.blocks[0].xlstm.config.embedding_dim == 16
+
+
+def test_copies_and_late_materialisation(model):
+    x = tokens(2, 5)
+    expected = model(x, return_state=False)
+    assert torch.equal(copy.deepcopy(model)(x, return_state=False), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x, return_state=False), expected)
+    with torch.device("meta"):
+        empty = build_model(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(x, return_state=False), expected)
+
+
+def test_backend_can_be_chosen():
+    x = tokens(2, 5)
+    model = build_model(xLSTMLargeConfig(16, 2, 1, 40))
+    for backend in ("recurrent", "parallel", "chunkwise"):
+        other = build_model(xLSTMLargeConfig(16, 2, 1, 40, ops_backend=backend))
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other(x), model(x))
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        build_model(xLSTMLargeConfig(16, 2, 1, 40, ops_backend="fast"))(x)

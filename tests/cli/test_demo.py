@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from openxlstm.cli import demo
+from openxlstm.cli.recipe import read_recipe
 
 
 def test_small_demo(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +45,14 @@ def test_verdict_names_every_baseline() -> None:
     text = demo.verdict(1.8, {"gzip -9": 2.0, "xz -9": 1.7})
     assert "better than gzip -9 (2.000)" in text
     assert "not yet better than xz -9 (1.700)" in text
+
+
+def test_the_recipe_of_the_demo_is_the_demo() -> None:
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+    assert recipe.model == demo.MODEL
+    assert recipe.train.steps == demo.STEPS
+    assert recipe.data.context_length == demo.DATA["context_length"]
+    assert recipe.train.learning_rate == demo.TRAIN["learning_rate"]
 
 
 def test_no_steps(mistake: Callable) -> None:

@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
 }
 VOCABULARY = 2048
 HELD_OUT = 0.025
-STEPS = 400
+STEPS = 300
 DATA = {"context_length": 256, "validation_context_length": 1024}
 TRAIN: dict[str, Any] = {
     "batch_size": 8,

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openxlstm.models import (
-    mLSTMBlockConfig,
-    mLSTMLayerConfig,
-    sLSTMBlockConfig,
-    sLSTMLayerConfig,
-    xLSTMBlockStack,
-    xLSTMBlockStackConfig,
-    xLSTMLarge,
-    xLSTMLargeConfig,
-)
+import openxlstm.models
+from openxlstm.models import xLSTMLarge, xLSTMLargeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,35 +81,85 @@ def test_hugging_face_greedy_generation(hugging_face):
     assert torch.equal(torch.cat(tokens, 1), expected)
 
 
-def test_published_block_stack(rel_error):
-    xlstm = pytest.importorskip("xlstm", reason="the published package is not installed")
-    theirs = xlstm.xLSTMBlockStack(
-        xlstm.xLSTMBlockStackConfig(
-            mlstm_block=xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=4)),
-            slstm_block=xlstm.sLSTMBlockConfig(
-                slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=4),
-                feedforward=xlstm.FeedForwardConfig(),
+BLOCK_STACKS = [
+    {"num_blocks": 3, "slstm_at": [1]},
+    {"slstm_at": [0], "slstm": {"function": "lstm"}},
+    {"bias": True, "mlstm": {"num_heads": 2, "proj_factor": 1.3, "qkv_proj_blocksize": 8}},
+    {
+        "slstm_at": "all",
+        "slstm": {"conv1d_kernel_size": 0, "recurrent_weight_init": "standard", "group_norm_weight": False},
+        "feedforward": {"act_fn": "swish", "proj_factor": 2.0},
+    },
+    {"slstm_at": "all", "feedforward": {"act_fn": "relu^2", "bias": True}, "add_post_blocks_norm": False},
+    {
+        "slstm_at": "all",
+        "slstm": {"bias_init": "small_init", "num_heads": 8, "conv1d_kernel_size": 2},
+        "feedforward": {"act_fn": "selu"},
+    },
+]
+
+
+def block_stack(package, mlstm=None, slstm=None, feedforward=None, num_blocks=2, **fields):
+    """The same stack from the published package or from this one."""
+    return package.xLSTMBlockStack(
+        package.xLSTMBlockStackConfig(
+            mlstm_block=package.mLSTMBlockConfig(mlstm=package.mLSTMLayerConfig(**mlstm or {})),
+            slstm_block=package.sLSTMBlockConfig(
+                slstm=package.sLSTMLayerConfig(backend="vanilla", **slstm or {}),
+                feedforward=package.FeedForwardConfig(**feedforward or {}),
             ),
             context_length=16,
-            num_blocks=3,
             embedding_dim=64,
-            slstm_at=[1],
+            num_blocks=num_blocks,
+            **{"slstm_at": [], **fields},
         )
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", BLOCK_STACKS)
+def test_published_block_stack(rel_error, fields):
+    xlstm = pytest.importorskip("xlstm", reason="the published package is not installed")
+    theirs, ours = block_stack(xlstm, **fields), block_stack(openxlstm.models, **fields)
     theirs.reset_parameters()
-    ours = xLSTMBlockStack(
-        xLSTMBlockStackConfig(
-            mlstm_block=mLSTMBlockConfig(mLSTMLayerConfig(num_heads=4)),
-            slstm_block=sLSTMBlockConfig(sLSTMLayerConfig(num_heads=4)),
-            context_length=16,
-            num_blocks=3,
-            embedding_dim=64,
-            slstm_at=[1],
-        )
-    )
     x = torch.randn(2, 16, 64)
     ours.load_state_dict(theirs.state_dict())
     assert rel_error(ours(x), theirs(x)) < 3e-4
     ours.reset_parameters(torch.Generator().manual_seed(2))
     theirs.load_state_dict(ours.state_dict())
     assert rel_error(theirs(x), ours(x)) < 3e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_bias": True, "qk_dim_factor": 1.0, "v_dim_factor": 0.5},
+        {
+            "norm_reduction_force_float32": False,
+            "gate_soft_cap": 5.0,
+            "output_logit_soft_cap": 10.0,
+            "weight_mode": "fused",
+        },
+    ],
+)
+def test_published_large(rel_error, fields):
+    large = pytest.importorskip("xlstm.xlstm_large.model", reason="the published package is not installed")
+    size = {"embedding_dim": 128, "num_heads": 4, "num_blocks": 2, "vocab_size": 50}
+    config = large.xLSTMLargeConfig(
+        **size,
+        **fields,
+        return_last_states=True,
+        mode="inference",
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+    )
+    theirs, ours = large.xLSTMLarge(config), xLSTMLarge(xLSTMLargeConfig(**size, **fields))
+    tokens = torch.randint(50, (2, 33))
+    ours.load_state_dict(theirs.state_dict())
+    assert rel_error(ours(tokens), theirs(tokens)[0]) < 3e-4
+    ours.reset_parameters(torch.Generator().manual_seed(2))
+    theirs.load_state_dict(ours.state_dict())
+    assert rel_error(theirs(tokens)[0], ours(tokens)) < 3e-4

@@ -59,8 +59,9 @@ clean:
 # $(call environment,DIRECTORY,EXTRAS): create it, PyTorch first so that nothing else chooses its version.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "openxlstm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
-	       "Choose another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	  found="$$($(PYTHON) --version 2>/dev/null | head -n 1)"; \
+	  echo "openxlstm needs Python 3.11 or newer, and '$(PYTHON)' is $${found:-not a Python here}." \
+	       "Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot create virtual environments; install its venv package (on Debian and" \
 	       "Ubuntu: apt install python3-venv)." >&2; exit 1; }

@@ -50,6 +50,7 @@ TRAIN: dict[str, Any] = {
     "checkpoint_every": 0,
     "seed": 0,
 }
+MAX_THREADS = 4  # the products are small: more threads would wait for each other
 PROMPTS = ("def __init__(self, ", "import os\n\ndef read_file(path):\n", 'class Error(Exception):\n    """')
 
 
@@ -78,6 +79,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
     output = options.output or _free_directory(Path("runs/demo"))
 
+    import torch
+
     from openxlstm.checkpoint import train_bpe
     from openxlstm.cli.recipe import build_trainer, make_recipe
     from openxlstm.data import as_source, open_corpus, prepare, python_standard_library
@@ -85,6 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     from openxlstm.plots import plot_loss_curve
     from openxlstm.training import read_log
 
+    torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     source = python_standard_library() if options.corpus is None else as_source(options.corpus)
     _heading(f"1/4  text: {source.name}")
     corpus = open_corpus(source, validation_fraction=HELD_OUT)

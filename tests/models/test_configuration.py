@@ -136,6 +136,7 @@ def lm(**fields):
         (lambda: lm(embedding_dim=0), "embedding_dim must be positive"),
         (lambda: lm(dropout=1.5), "dropout"),
         (lambda: lm(slstm_at=[1]), "slstm_at holds 1, but 1 blocks have positions 0 to 0"),
+        (lambda: lm(**yaml.safe_load("slstm_at: [7:1]")), "slstm_at holds 421.* needs quotes"),
         (lambda: lm(slstm_at=[-1]), "slstm_at holds -1"),
         (lambda: lm(slstm_at=[0, 0]), "names a block twice"),
         (lambda: lm(slstm_at="some"), r"'some' is not a ratio; write it like '\[7:1\]'"),

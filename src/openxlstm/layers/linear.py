@@ -6,7 +6,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_, zero_
+from openxlstm.layers.precision import computing_dtype
 from openxlstm.ops import linear
+from openxlstm.runtime import has_fast_bfloat16
 
 
 class Linear(nn.Linear):
@@ -37,6 +39,7 @@ class LinearHeadwise(nn.Module):
                 f"{num_heads} blocks do not divide a width of {features}; choose a divisor of {features}"
             )
         self.num_heads = num_heads
+        self._emulated_bfloat16 = not has_fast_bfloat16("cpu")  # then products run in float32
         head_dim = features // num_heads
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
         self.register_parameter("bias", nn.Parameter(torch.empty(features)) if bias else None)
@@ -44,8 +47,16 @@ class LinearHeadwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features) -> (..., features)
         weight = _merge_blocks(self.weight)
-        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
+        y = self._multiply(x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
         return y if self.bias is None else y + self.bias
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., heads, in), (heads, out, in) -> (..., heads, out)."""
+        dtype = computing_dtype(x)
+        if self._emulated_bfloat16 and x.device.type == "cpu" and dtype == torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                return torch.einsum("...hi,hoi->...ho", x.float(), weight.float()).to(dtype)
+        return torch.einsum("...hi,hoi->...ho", x, weight)
 
     def reset_parameters(self, dim: int, generator: Generator | None = None) -> None:
         """Small init for width ``dim`` (the models pass the width of their residual stream), bias 0."""

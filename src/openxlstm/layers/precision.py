@@ -11,12 +11,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def cast_once(x: Tensor) -> Tensor:
-    """Under autocast, ``x`` in the autocast dtype; otherwise ``x``.
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of ``x`` run in: under autocast its dtype, otherwise that of ``x``."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
-    For an input that several linear maps read: each would cast it again and keep its own copy for the
-    backward pass. The values are the same.
+
+def cast_once(x: Tensor) -> Tensor:
+    """``x`` in its :func:`computing_dtype`, for an input that several linear maps read.
+
+    Under autocast each of them would cast it again and keep its own copy for the backward pass. The values
+    are the same.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(computing_dtype(x))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,3 +172,31 @@ def test_doctor(cli: Callable) -> None:
     report = json.loads(cli("doctor", "--json").out)
     assert report["peak_gflops_float32"] > 0
     assert report["bandwidth_gbytes"] > 0
+
+
+def test_interruption_saves_and_says_how_to_resume(cli: Callable, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [
+        "-m",
+        "openxlstm.cli",
+        "train",
+        str(recipe),
+        "--train.steps",
+        "100000",
+        "--train.validation-every",
+        "0",
+    ]
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count('"train"') > 3:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    again = f"openxlstm train {run}/recipe.yaml --resume"
+    assert f"resume with `{again}`" in err
+    done = int(re.search(r"stopped after step (\d+)", err)[1])  # type: ignore[index]
+    assert f"trained {done + 1} steps" in cli(*again.split()[1:], "--train.steps", str(done + 1)).out

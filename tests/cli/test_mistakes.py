@@ -100,6 +100,13 @@ def test_unknown_backend(mistake: Callable, recipe: Path) -> None:
     assert "chunkwise" in line
 
 
+def test_diverging_training(mistake: Callable, recipe: Path) -> None:
+    wild = ("--train.learning-rate", "1e30", "--train.clip", "0", "--train.steps", "9")
+    line = mistake("train", recipe, *wild, "--train.checkpoint-every", "1", code=[1])
+    assert "training stopped before the update" in line
+    assert "the last good checkpoint is" in line
+
+
 def test_run_that_exists(cli: Callable, mistake: Callable, recipe: Path) -> None:
     assert cli("train", recipe).code == 0
     assert "already holds a run" in mistake("train", recipe)

@@ -41,8 +41,9 @@ def resolve_slstm_at(slstm_at: Sequence[int] | str, num_blocks: int) -> list[int
         if not 0 <= position < num_blocks:
             # YAML reads an unquoted 7:1 as 7 minutes and 1 second.
             hint = "; in YAML a ratio needs quotes, '[7:1]'" if position >= 60 else ""
+            last = num_blocks - 1
             raise ValueError(
-                f"slstm_at holds {position}, but {num_blocks} blocks have positions 0 to {num_blocks - 1}{hint}"
+                f"slstm_at holds {position}, but {num_blocks} blocks have positions 0 to {last}{hint}"
             )
     if len(set(positions)) != len(positions):
         raise ValueError(f"slstm_at {list(slstm_at)} names a block twice; name each sLSTM position once")

@@ -17,6 +17,7 @@ import torch
 
 from openxlstm import load_pretrained
 from openxlstm.cli.recipe import make_recipe, read_recipe, take_overrides
+from openxlstm.training import read_log
 
 
 def test_data(cli: Callable, tmp_path: Path) -> None:
@@ -200,3 +201,13 @@ def test_interruption_saves_and_says_how_to_resume(cli: Callable, recipe: Path, 
     assert f"resume with `{again}`" in err
     done = int(re.search(r"stopped after step (\d+)", err)[1])  # type: ignore[index]
     assert f"trained {done + 1} steps" in cli(*again.split()[1:], "--train.steps", str(done + 1)).out
+
+
+def test_same_seed_same_curve(cli: Callable, recipe: Path, tmp_path: Path) -> None:
+    curves = []
+    for name in ("first", "second"):
+        assert cli("train", recipe, "--train.steps", "4", "--train.output", tmp_path / name).code == 0
+        records = read_log(tmp_path / name / "log.jsonl")
+        curves.append([(r["kind"], r["step"], r["loss"]) for r in records if "loss" in r])
+    assert curves[0] == curves[1]
+    assert len(curves[0]) >= 5

@@ -97,6 +97,18 @@ def test_packed_equals_each_alone(cell, bidirectional, lengths):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@BIDIRECTIONAL
+def test_sorted_packing_equals_unsorted(bidirectional):
+    model = network(bidirectional)
+    sequences = [torch.randn(n, 6, dtype=torch.double) for n in (5, 4, 4, 1)]
+    first, state = model(pack_sequence(sequences))
+    second, same_state = model(pack_sequence(sequences, enforce_sorted=False))
+    assert torch.equal(first.data, second.data)
+    assert first.sorted_indices is None
+    for a, b in zip(leaves(state), leaves(same_state), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_choices_and_heads():
     kinds = {
         cell: xLSTM(4, 8, 3, cell=cell).stacks[0].config.block_map for cell in ("mlstm", "slstm", "mixed")

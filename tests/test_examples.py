@@ -11,6 +11,8 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 EXPECTED = {
     "backbone": "same result: True",
+    "cells": "gru: (2, 50, 4, 16)",
+    "export": "compiled, same logits: True",
     "documents": "gradient in the documents before it: 0.0\nmlstm/chunkwise: chosen by 'auto'",
     "lstm_replacement": "[(7, 64), (31, 64), (12, 64)]",
     "state": "next tokens: [",

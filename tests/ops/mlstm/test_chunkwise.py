@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openxlstm.ops import mlstm
-from openxlstm.ops.mlstm import chunkwise
+from openxlstm.ops.mlstm import workspace
 from openxlstm.state import mLSTMState
 
 
@@ -57,7 +57,7 @@ def test_float32(name, rel_error):
 @pytest.mark.parametrize("native", [False, True])
 def test_half_precision_beats_the_plain_formula(dtype, native, rel_error, monkeypatch):
     """Never worse than the plain definition evaluated in that precision, and close on the whole."""
-    monkeypatch.setattr(chunkwise, "has_fast_bfloat16", lambda _: native)
+    monkeypatch.setattr(workspace, "has_fast_bfloat16", lambda _: native)
     case = Case(time=48, qk_dim=16, v_dim=16, forget_mean=3.0)
     inputs = case.inputs(dtype)
     exact = {key: t.double() for key, t in inputs.items()}

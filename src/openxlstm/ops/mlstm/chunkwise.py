@@ -30,111 +30,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
-from openxlstm.runtime import has_fast_bfloat16
-
-_State = tuple[Tensor, Tensor]  # (B * H, DK, DV) and (B * H, DK)
+from openxlstm.ops.mlstm.gates import gradients, prepare
+from openxlstm.ops.mlstm.workspace import EnteringStates, Workspace
 
 
 def default_chunk_size(qk_dim: int, v_dim: int, time: int) -> int:
     """Chunk length that balances the work inside chunks, ~L (DK + DV), with that on states, ~DK DV / L."""
     best = 128 if qk_dim * v_dim >= 64 * 64 else 64
     return max(1, min(best, time))
-
-
-class _Workspace:
-    """One chunk's operands in head-first layout, and tile-sized buffers that every chunk reuses."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, c: Tensor, chunk_size: int) -> None:
-        self.batch, self.time, self.heads, self.qk_dim = q.shape
-        self.v_dim = v.shape[-1]
-        self.chunk_size = chunk_size
-        self.chunks = -(-self.time // chunk_size)
-        self.dtype = c.dtype  # of states, gates and elementwise work
-        native = q.dtype == torch.bfloat16 and has_fast_bfloat16(q.device)
-        self.product_dtype = torch.bfloat16 if native else self.dtype
-        self.scale = self.qk_dim**-0.5
-        self._buffers: dict[str, Tensor] = {}
-        self._device = q.device
-
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A reused block of memory of this shape; contents undefined."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        block = self._buffers.get(name)
-        if block is None or block.numel() < size:
-            block = torch.empty(size, dtype=dtype or self.dtype, device=self._device)
-            self._buffers[name] = block
-        return block[:size].view(shape)
-
-    def span(self, chunk: int) -> tuple[int, int]:
-        """First position of a chunk and the one after its last."""
-        start = chunk * self.chunk_size
-        return start, min(start + self.chunk_size, self.time)
-
-    def operand(self, name: str, x: Tensor, chunk: int) -> Tensor:
-        """Chunk of x (B, T, H, D) as (B * H, L, D) in the dtype of products; a view where possible."""
-        start, end = self.span(chunk)
-        part = x[:, start:end].transpose(1, 2)
-        if x.dtype == self.product_dtype and (self.batch == 1 or self.heads == 1):
-            return part.flatten(0, 1)
-        block = self.buffer(name, self.batch, self.heads, end - start, x.shape[-1], dtype=self.product_dtype)
-        return block.copy_(part).flatten(0, 1)
-
-    def scalars(self, x: Tensor, chunk: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Chunk of gate scalars (B, H, N, L) as (B * H, L)."""
-        start, end = self.span(chunk)
-        return x[:, :, chunk, : end - start].flatten(0, 1).to(dtype or self.dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x as an operand of a matrix product."""
-        return x.to(self.product_dtype)
-
-    def multiply(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """Batched a @ b, in the dtype of elementwise work, in the buffer ``name``."""
-        out = self.buffer(name, a.shape[0], a.shape[1], b.shape[2])
-        if self.product_dtype == self.dtype:
-            return torch.bmm(a, b, out=out)
-        return out.copy_(torch.bmm(a, b))
-
-    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """total += a @ b in place."""
-        if self.product_dtype == self.dtype:
-            return total.baddbmm_(a, b)
-        return total.add_(torch.bmm(a, b))
-
-    def decay(self, gates: Gates, chunk: int) -> Tensor:
-        """The tile W = exp(D) of a chunk, (B * H, L, L), zero where s > t or a cut lies between."""
-        rows, columns = (self.scalars(x, chunk, x.dtype) for x in (gates.rows, gates.columns))
-        segment = self.scalars(gates.segment, chunk, torch.int64)
-        length = rows.shape[-1]
-        shape = (self.batch * self.heads, length, length)
-        exponent = self.buffer("exponent", *shape, dtype=rows.dtype)
-        torch.add(rows[:, :, None], columns[:, None, :], out=exponent)
-        allowed = segment[:, :, None] == segment[:, None, :]
-        allowed.logical_and_(self._causal(length))
-        tile = self.buffer("tile", *shape)
-        tile.copy_(exponent)
-        return tile.masked_fill_(allowed.logical_not_(), -torch.inf).exp_()
-
-    def _causal(self, length: int) -> Tensor:
-        block = self._buffers.get("causal")
-        if block is None:
-            block = torch.ones(
-                self.chunk_size, self.chunk_size, dtype=torch.bool, device=self._device
-            ).tril_()
-            self._buffers["causal"] = block
-        return block[:length, :length]
-
-    def advance(self, gates: Gates, chunk: int, k: Tensor, v: Tensor, before: _State, after: _State) -> None:
-        """Carry the state (c, n) over a chunk, from ``before`` into ``after`` (the same memory is fine)."""
-        weighted = self.buffer("weighted_k", *k.shape)
-        torch.mul(k, self.scalars(gates.to_state, chunk)[..., None], out=weighted)
-        keep = gates.keep[:, :, chunk].flatten().to(self.dtype)
-        torch.mul(before[0], keep[:, None, None], out=after[0])
-        self.accumulate(after[0], self.product(weighted).transpose(1, 2), v)
-        torch.mul(before[1], keep[:, None], out=after[1]).add_(weighted.sum(1))
 
 
 @torch.library.custom_op("openxlstm::mlstm_chunkwise", mutates_args=())
@@ -164,7 +67,7 @@ def _forward(
         return h, c.view(c0.shape), n.view(n0.shape), m, r, den
     gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
     floor = (-gates.m).exp().to(c0.dtype)
-    work = _Workspace(q, k, v, c0, chunk_size)
+    work = Workspace(q, k, v, c0, chunk_size)
     for chunk in range(work.chunks):
         start, end = work.span(chunk)
         length = end - start
@@ -232,29 +135,27 @@ def _backward(
         return dq, dk, dv, torch.zeros_like(i), torch.zeros_like(f), dc, dn, dm
     dc, dn = dc.flatten(0, 1), dn.flatten(0, 1)
     gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
-    work = _Workspace(q, k, v, c0, chunk_size)
-    c_states, n_states = _states(work, gates, k, v, c0, n0)
+    work = Workspace(q, k, v, c0, chunk_size)
+    needs_last = dc_last is not None or dn_last is not None
+    states = EnteringStates(work, gates, k, v, c0, n0, last=needs_last)
 
     wide = gates.m.dtype
-    rho = torch.zeros_like(r)
-    path = None
-    if normalize and dh is not None:
-        projected = (dh.to(work.dtype) * h.to(work.dtype)).sum(-1).transpose(1, 2) / den  # dh . h / den
-        floor = (-gates.m).exp().to(r.dtype)
-        rho = torch.where(r.abs() > floor, -r.sign() * projected, 0.0)
-        path = projected.to(wide) * -eps
+    floor = (-gates.m).exp().to(r.dtype)
+    path = torch.zeros(batch, heads, time, dtype=wide, device=q.device)
     row_flow = torch.zeros(batch, heads, work.chunks, chunk_size, dtype=wide, device=q.device)
     chunk_flow = torch.zeros(batch, heads, work.chunks, dtype=wide, device=q.device)
     di = torch.empty(batch, heads, time, dtype=wide, device=q.device)
 
-    flow = _inner(c_states[-1], dc, n_states[-1], dn).view(batch, heads)
-    last_flow = flow
+    last_flow = torch.zeros(batch, heads, dtype=wide, device=q.device)
+    if needs_last:
+        last_flow = _inner(*states[work.chunks], dc, dn).view(batch, heads)
+    flow = last_flow
     for chunk in range(work.chunks - 1, -1, -1):
         chunk_flow[..., chunk] = flow
         start, end = work.span(chunk)
         length = end - start
+        c, n = states[chunk]
         qs, ks, vs = (work.operand(name, x, chunk) for name, x in (("q", q), ("k", k), ("v", v)))
-        c, n = c_states[chunk], n_states[chunk]
         tile = work.decay(gates, chunk).mul_(work.scale)
         beta = (work.scalars(gates.carry_in, chunk) * work.scale)[..., None]
         to_state = work.scalars(gates.to_state, chunk)[..., None]
@@ -265,9 +166,16 @@ def _backward(
         d_value = work.multiply("d_value", work.product(weighted), work.product(dc))
         d_key = work.multiply("d_key", vs, work.product(dc).transpose(1, 2)).add_(dn[:, None]).mul_(to_state)
         if dh is not None:
-            rho_rows = rho[..., start:end].flatten(0, 1)[..., None]
             y = work.buffer("y", batch, heads, length, work.v_dim)
             torch.div(dh[:, start:end].transpose(1, 2), den[..., start:end, None], out=y)
+            rho = torch.zeros(batch, heads, length, dtype=work.dtype, device=q.device)
+            if normalize:
+                y_h = work.buffer("y_h", *y.shape)
+                along = torch.mul(y, h[:, start:end].transpose(1, 2), out=y_h).sum(-1)  # dh . h / den
+                inside = r[..., start:end].abs() > floor[..., start:end]
+                rho = torch.where(inside, -r[..., start:end].sign() * along, 0.0)
+                path[..., start:end] = along.to(wide) * -eps
+            rho_rows = rho.flatten(0, 1)[..., None]
             y = work.product(y.flatten(0, 1))
             scores = work.multiply("scores", qs, ks.transpose(1, 2)).mul_(tile)
             work.accumulate(d_value, work.product(scores).transpose(1, 2), y)
@@ -293,16 +201,10 @@ def _backward(
         row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
         for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):
             total[:, start:end].copy_(part.view(batch, heads, length, -1).transpose(1, 2))
-        flow = _inner(c, dc, n, dn).view(batch, heads)
+        flow = _inner(c, n, dc, dn).view(batch, heads)
 
-    path_end = None
-    if not sigmoid:
-        path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow
-        path = torch.zeros_like(di) if path is None else path
-    else:
-        path = None
-    d_i, d_f, d_m = gradients(gates, row_flow, chunk_flow, di, path, path_end, i, f, sigmoid)
-    dm0 = torch.zeros_like(d_m) if sigmoid else d_m + flow
+    path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow
+    d_i, d_f, dm0 = gradients(gates, row_flow, chunk_flow, flow, di, path, path_end, i, f, sigmoid)
     return (
         dq,
         dk,
@@ -320,20 +222,7 @@ def _(q, k, v, i, f, c0, n0, m0, *_):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
 
 
-def _states(
-    work: _Workspace, gates: Gates, k: Tensor, v: Tensor, c0: Tensor, n0: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The states entering every chunk and the one leaving the last: (N + 1, B * H, ...)."""
-    c = torch.empty(work.chunks + 1, *c0.flatten(0, 1).shape, dtype=c0.dtype, device=c0.device)
-    n = torch.empty(work.chunks + 1, *n0.flatten(0, 1).shape, dtype=n0.dtype, device=n0.device)
-    c[0], n[0] = c0.flatten(0, 1), n0.flatten(0, 1)
-    for chunk in range(work.chunks):
-        ks, vs = work.operand("k", k, chunk), work.operand("v", v, chunk)
-        work.advance(gates, chunk, ks, vs, (c[chunk], n[chunk]), (c[chunk + 1], n[chunk + 1]))
-    return c, n
-
-
-def _inner(c: Tensor, dc: Tensor, n: Tensor, dn: Tensor) -> Tensor:
+def _inner(c: Tensor, n: Tensor, dc: Tensor, dn: Tensor) -> Tensor:
     """<C, dC> + n . dn per head, summed in float64 where it exists."""
     total = torch.bmm(c.flatten(1)[:, None], dc.flatten(1)[..., None]).flatten()
     return total.to(torch.float64 if c.device.type != "mps" else c.dtype) + (n * dn).sum(-1)

@@ -135,14 +135,15 @@ def gradients(
     gates: Gates,
     row_flow: Tensor,  # (B, H, N, L) q.dq - k.dk
     chunk_flow: Tensor,  # (B, H, N) <C, dC> + n.dn of the state leaving each chunk
+    first_flow: Tensor,  # (B, H) the same of the initial state
     di: Tensor,  # (B, H, T) k.dk
-    path: Tensor | None,  # (B, H, T) gradient that enters the stabiliser at each position
-    path_end: Tensor | None,  # (B, H) gradient of the last stabiliser
+    path: Tensor,  # (B, H, T) gradient that enters the stabiliser at each position
+    path_end: Tensor,  # (B, H) gradient of the last stabiliser
     i: Tensor,  # (B, T, H)
     f: Tensor,  # (B, T, H)
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the gates i, f (B, T, H) and, through the stabiliser only, of the initial m (B, H).
+    """Gradients of the gate pre-activations i, f (B, T, H) and of the initial m (B, H).
 
     The gradient of a log forget gate is the flow from positions before it to positions from it on, summed
     inside the chunk only. The stabiliser's own gradient runs backwards along m_t = l_t + m_{t-1} until a
@@ -154,8 +155,8 @@ def gradients(
     cuts = pad(gates.cut, (0, row_flow.shape[-2] * row_flow.shape[-1] - time), value=False)
     flow = segmented_suffix_sum(row_flow, cuts.view(row_flow.shape)).flatten(-2)[..., :time]
     d_log_f = torch.where(gates.cut, 0.0, flow)
-    dm0 = torch.zeros_like(di[..., 0])
-    if path is not None and path_end is not None:
+    dm0 = torch.zeros_like(first_flow)
+    if not sigmoid:
         path = path.clone()
         path[..., -1] += path_end
         starts = gates.cut | ~gates.by_forget
@@ -163,7 +164,7 @@ def gradients(
         d_log_f = d_log_f + torch.where(gates.by_forget, mu, 0.0)
         by_input = ~gates.by_forget & (i.transpose(1, 2) > -torch.inf)
         di = di + torch.where(by_input, mu, 0.0)
-        dm0 = torch.where(starts[..., 0], 0.0, mu[..., 0])
+        dm0 = first_flow + torch.where(starts[..., 0], 0.0, mu[..., 0])
     df = d_log_f * torch.sigmoid(-f.transpose(1, 2).to(d_log_f.dtype))
     if sigmoid:
         di = di * torch.sigmoid(-i.transpose(1, 2).to(di.dtype))

@@ -39,7 +39,7 @@ def test_compile_sequence(model):
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(logits.square().sum(), parameters)
     for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

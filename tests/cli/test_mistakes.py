@@ -211,3 +211,13 @@ def test_full_disk_while_preparing(mistake: Callable, tmp_path: Path) -> None:
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text number {n}")
     words = ("data", tmp_path / "texts", "--output", tmp_path / "out", "--tokenizer", "bytes")
     assert "disk is full" in mistake(*words, code=[1])
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_while_saving_a_state(cli: Callable, model: Path, tmp_path: Path) -> None:
+    words = ("generate", model, "x", "--max-new-tokens", "2", "--state-out", tmp_path / "a.state")
+    code, _, err = cli(*words)
+    assert code == 1
+    assert "disk is full" in err
+    assert err.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []

@@ -150,6 +150,14 @@ def test_empty_sequence(backend):
     assert torch.equal(x["c0"].grad, torch.ones_like(x["c0"]))
 
 
+def test_empty_batch():
+    x = [t.requires_grad_() for t in Case(batch=0, time=5).inputs(torch.float32).values()]
+    h = mlstm(*x, chunk_size=2)
+    assert h.shape == (0, 5, 2, 12)
+    h.sum().backward()
+    assert x[0].grad.shape == (0, 5, 2, 8)
+
+
 @pytest.mark.parametrize("backend", ["recurrent", "parallel", "chunkwise"])
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 def test_packed_documents_are_separate_sequences(backend, input_gate, rel_error):

@@ -79,7 +79,7 @@ def _forward(
         torch.mul(qs, (work.scalars(gates.carry_in, chunk) * work.scale)[..., None], out=carried)
         num = work.multiply("num", work.product(scores), vs)
         work.accumulate(num, work.product(carried), work.product(c))
-        num = num.view(batch, heads, length, -1)
+        num = num.view(batch, heads, length, work.v_dim)
         out = h[:, start:end].transpose(1, 2)
         if normalize:
             row = scores.sum(-1).add_(torch.bmm(carried, n[..., None]).squeeze(-1))
@@ -200,7 +200,7 @@ def _backward(
         di[..., start:end] = incoming.view(batch, heads, length)
         row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
         for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):
-            total[:, start:end].copy_(part.view(batch, heads, length, -1).transpose(1, 2))
+            total[:, start:end].copy_(part.view(batch, heads, length, total.shape[-1]).transpose(1, 2))
         flow = _inner(c, n, dc, dn).view(batch, heads)
 
     path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops import dispatch
-from openxlstm.ops.mlstm import chunkwise, reference
+from openxlstm.ops.mlstm import chunkwise, native, reference
 from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
 from openxlstm.state import mLSTMState
 
@@ -29,6 +29,14 @@ dispatch.register(
 )
 dispatch.register(
     "mlstm_step", "recurrent", reference.step, priority=10, description="the definition, one token"
+)
+dispatch.register(
+    "mlstm_step",
+    "native",
+    native.step,
+    priority=20,
+    refuse=native.refuse,
+    description="C++, one sweep over the memory",
 )
 
 
@@ -196,7 +204,10 @@ def mlstm_step(
     _check_options(input_gate, normalize)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype)
-    run = dispatch.resolve("mlstm_step", backend, dispatch.Request(q.device, q.dtype)).implementation
+    tensors = (q, k, v, i, f, *state)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad})
+    run = dispatch.resolve("mlstm_step", backend, request).implementation
     h, *new = run(q, k, v, i, f, *state, sigmoid=input_gate == "sigmoid", normalize=normalize, eps=eps)
     return h, mLSTMState(*new)
 

@@ -1,0 +1,13 @@
+// The kernels of one instruction set. Compiled once for each, with OXL_ISA naming it and the compiler's flags
+// choosing it.
+#include "mlstm_step.h"
+#include "rnn.h"
+
+#define OXL_JOIN2(a, b) a##b
+#define OXL_JOIN(a, b) OXL_JOIN2(a, b)
+#define OXL_STRING2(a) #a
+#define OXL_STRING(a) OXL_STRING2(a)
+
+extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA);
+const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {OXL_STRING(OXL_ISA), TILE,        mlstm_step,
+                                                      pack,                rnn_forward, rnn_backward};

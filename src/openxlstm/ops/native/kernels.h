@@ -1,0 +1,62 @@
+// Arguments of the native kernels and the table through which one instruction set's kernels are called.
+//
+// All tensors are float32 and contiguous unless strides are given; strides count elements. Every kernel is cut
+// into tasks that share no arithmetic, so results depend neither on the number of threads nor on which other
+// rows a batch holds.
+#pragma once
+
+#include <cstdint>
+
+namespace oxl {
+
+// One token of the mLSTM for `pairs` = batch * heads memories. Task p * splits + s computes share s of the value
+// columns of memory p.
+struct MlstmStep {
+    const float *q, *k, *v;            // (pairs, dk), (pairs, dk), (pairs, dv)
+    const float *i, *f;                // (pairs)
+    const float *c, *n, *m;            // (pairs, dk, dv), (pairs, dk), (pairs)
+    float *h, *c_out, *n_out, *m_out;  // (pairs, dv), and as c, n, m; may be c, n, m themselves if splits == 1
+    int64_t pairs, dk, dv, splits;
+    int32_t sigmoid, normalize;
+    float eps;
+};
+
+enum Cell : int32_t { SLSTM = 0, LSTM = 1, GRU = 2, ELMAN = 3 };
+
+// A recurrent network over time. Task head * row_groups + g computes rows [g, g + 1) * rows_per_task of one head,
+// all positions. The buffers hs, gates, memory and factors are those of the Python module
+// openxlstm.ops.rnn.scan_cells; a time stride of 0 keeps only the current position of one.
+struct Rnn {
+    int32_t cell;
+    float floor;  // sLSTM normaliser floor; 0 for none
+    int64_t batch, time, heads, d, rows_per_task, row_groups;
+    const float *x;  // (B, T, G, H, D), last stride 1
+    int64_t x_b, x_t, x_g, x_h;
+    const float *weight;   // (H, G_r * D, D)
+    float *packed;         // per head: weight in tiles, see packed_size; filled by the library
+    const float *bias;     // (G_b, H, D) or null
+    const uint8_t *reset;  // (B, T) or null
+    const float *state;    // (S, H, B, D)
+    float *h, *last;       // (B, T, H, D), (S, H, B, D)
+    float *hs, *gates, *memory, *factors;
+    int64_t hs_h, hs_t, gates_h, gates_t, memory_t, factors_t;
+    // backward only
+    const float *d_h, *d_last;   // (B, T, H, D); (S, H, B, D) or null
+    float *d_gates, *d_state;    // (H, T, B, G_b, D), (S, H, B, D)
+    int32_t follow_m;
+};
+
+struct Kernels {
+    const char *name;
+    int64_t tile;  // columns of a packed weight tile
+    void (*mlstm_step)(const MlstmStep &, int64_t task, float *scratch);
+    void (*pack)(const float *matrix, int64_t rows, int64_t columns, bool transpose, float *packed);
+    void (*rnn_forward)(const Rnn &, int64_t task, float *scratch);
+    void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t recurrent_gates(int32_t cell) { return cell == ELMAN ? 1 : cell == GRU ? 3 : 4; }
+inline int64_t bias_gates(int32_t cell) { return cell == ELMAN ? 1 : 4; }
+
+}  // namespace oxl

@@ -1,0 +1,126 @@
+// The C interface: which instruction sets there are, and one function per operator.
+//
+// Functions take the index of an instruction set and a number of threads, keep no state but the thread pool, and
+// return 0, or 1 when memory ran out.
+#include <cstdlib>
+
+#include "kernels.h"
+#include "pool.h"
+
+#define OXL_EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(__x86_64__)
+extern const oxl::Kernels oxl_kernels_avx512, oxl_kernels_avx2;
+#elif defined(__aarch64__)
+extern const oxl::Kernels oxl_kernels_neon;
+#endif
+extern const oxl::Kernels oxl_kernels_portable;
+
+namespace {
+
+// Best first.
+const oxl::Kernels *const TABLE[] = {
+#if defined(__x86_64__)
+    &oxl_kernels_avx512,
+    &oxl_kernels_avx2,
+#elif defined(__aarch64__)
+    &oxl_kernels_neon,
+#endif
+    &oxl_kernels_portable,
+};
+constexpr int COUNT = sizeof TABLE / sizeof *TABLE;
+
+// 64-byte aligned memory that is returned at the end of the call.
+struct Buffer {
+    float *data;
+    explicit Buffer(int64_t floats)
+        : data(static_cast<float *>(std::aligned_alloc(64, oxl::round_up(4 * floats + 64, 64)))) {}
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+};
+
+template <class Args>
+struct Call {
+    const Args &args;
+    void (*kernel)(const Args &, int64_t, float *);
+    float *scratch;
+    int64_t scratch_each;
+};
+
+template <class Args>
+int run(const Args &args, void (*kernel)(const Args &, int64_t, float *), int64_t tasks, int threads,
+        int64_t scratch_each) {
+    scratch_each = oxl::round_up(scratch_each, 16);
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads < 1) threads = 1;
+    const Buffer scratch(scratch_each * threads);
+    if (!scratch.data) return 1;
+    Call<Args> call{args, kernel, scratch.data, scratch_each};
+    oxl::Pool::instance().run(
+        tasks, threads,
+        [](void *context, int64_t task, int worker) {
+            const auto &c = *static_cast<Call<Args> *>(context);
+            c.kernel(c.args, task, c.scratch + worker * c.scratch_each);
+        },
+        &call);
+    return 0;
+}
+
+// Split the batch only as far as the threads need it: rows that run together share the reading of the weight.
+void split_rows(oxl::Rnn &a, int threads) {
+    const int64_t groups = a.heads % threads == 0 || a.heads >= 4 * threads ? 1 : threads;
+    a.rows_per_task = oxl::round_up((a.batch + groups - 1) / groups, 4);
+    a.row_groups = (a.batch + a.rows_per_task - 1) / a.rows_per_task;
+}
+
+int run_rnn(oxl::Rnn a, const oxl::Kernels &kernels, int threads, bool backward) {
+    if (threads < 1) threads = 1;
+    split_rows(a, threads);
+    const int64_t wide = oxl::recurrent_gates(a.cell) * a.d;
+    const int64_t inputs = backward ? wide : a.d, outputs = backward ? a.d : wide;
+    const int64_t padded = oxl::round_up(outputs, kernels.tile);
+    const Buffer packed(a.heads * padded * inputs);
+    if (!packed.data) return 1;
+    for (int64_t head = 0; head < a.heads; ++head)
+        kernels.pack(a.weight + head * wide * a.d, inputs, outputs, !backward, packed.data + head * padded * inputs);
+    a.packed = packed.data;
+    const int64_t rows = a.rows_per_task;
+    const int64_t scratch = rows * (padded + 4 * a.d) + oxl::round_up(inputs, 16) + 2 * rows + 64;
+    return run(a, backward ? kernels.rnn_backward : kernels.rnn_forward, a.heads * a.row_groups, threads, scratch);
+}
+
+}  // namespace
+
+OXL_EXPORT int oxl_isa_count() { return COUNT; }
+
+OXL_EXPORT const char *oxl_isa_name(int isa) { return TABLE[isa]->name; }
+
+// Whether this processor has the instruction set of that index.
+OXL_EXPORT int oxl_isa_available(int isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (TABLE[isa] == &oxl_kernels_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("fma");
+    if (TABLE[isa] == &oxl_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    (void)isa;
+    return 1;
+}
+
+OXL_EXPORT int oxl_mlstm_step(int isa, int threads, oxl::MlstmStep *args) {
+    oxl::MlstmStep a = *args;
+    a.splits = a.pairs % threads == 0 || a.pairs >= 4 * threads || a.dv < 32 * threads ? 1 : threads;
+    const int64_t scratch = 2 * oxl::round_up(a.dk, 16) + oxl::round_up(a.dv, 16);
+    return run(a, TABLE[isa]->mlstm_step, a.pairs * a.splits, threads, scratch);
+}
+
+OXL_EXPORT int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args) {
+    return run_rnn(*args, *TABLE[isa], threads, false);
+}
+
+OXL_EXPORT int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args) {
+    return run_rnn(*args, *TABLE[isa], threads, true);
+}

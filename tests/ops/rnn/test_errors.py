@@ -66,6 +66,7 @@ def test_bad_steps():
         rnn_initial_state("mlstm", 1, 1, 1)
 
 
-def test_the_choice_is_visible():
+def test_the_choice_is_visible(monkeypatch):
+    monkeypatch.setenv("OPENXLSTM_NATIVE", "0")
     assert "rnn/scan: chosen by 'auto'" in explain("rnn")
     assert "rnn/recurrent: can, when asked for by name" in explain("rnn")

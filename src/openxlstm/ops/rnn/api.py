@@ -11,7 +11,7 @@ from torch import Tensor
 from openxlstm.config import nearest_name
 from openxlstm.ops import dispatch
 from openxlstm.ops.packing import check_boundaries
-from openxlstm.ops.rnn import reference, scan
+from openxlstm.ops.rnn import native, reference, scan
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.documents import run_documents
 from openxlstm.state import ElmanState, GRUState, LSTMState, map_state, sLSTMState
@@ -25,6 +25,14 @@ dispatch.register(
     scan.scan,
     priority=10,
     description="portable PyTorch, few operations per step, exact hand-written backward",
+)
+dispatch.register(
+    "rnn",
+    "native",
+    native.native,
+    priority=20,
+    refuse=native.refuse,
+    description="C++, the recurrent matrix stays in the cache, exact hand-written backward",
 )
 dispatch.register(
     "rnn", "recurrent", reference.recurrent, priority=0, description="the definition, a loop autograd follows"

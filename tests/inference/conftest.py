@@ -37,6 +37,9 @@ class ScriptedModel(nn.Module):
         new = ModelState((ElmanState(count + tokens.shape[1]),))
         return (logits, new) if return_state else logits
 
+    def read(self, tokens: Tensor, state: Any = None) -> Any:
+        return self(tokens, state, return_state=True)[1]
+
     def step(self, tokens: Tensor, state: Any = None) -> Any:
         return self(tokens, state, return_state=True)
 

@@ -146,13 +146,13 @@ def test_prefill_in_pieces_is_one_forward(model, bpe):
 def test_memory_is_constant(model, bpe):
     """No call sees more than a piece of the prompt, and the state never grows."""
     seen: list[int] = []
-    forward = model.forward
+    read = model.read
 
     def watching(tokens, *args, **kwargs):
         seen.append(tokens.shape[1])
-        return forward(tokens, *args, **kwargs)
+        return read(tokens, *args, **kwargs)
 
-    model.forward = watching
+    model.read = watching
     session = Generator(model, bpe, prefill_chunk=32).start([5] * 300)
     sizes = [tuple(leaf.shape) for leaf in leaves(session.state)]
     assert max(seen) == 32
@@ -240,10 +240,11 @@ def test_model_keeps_its_mode_and_the_global_random_state(model, bpe):
     inner.eval()
     before = torch.get_rng_state()
     modes: list[bool] = []
-    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    embedding.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     iterator = Generator(model, bpe).stream("User: how are you", max_new_tokens=4)
     next(iterator)
-    assert modes == [False]
+    assert set(modes) == {False}
     assert model.training
     assert not inner.training
     assert torch.is_grad_enabled()

@@ -298,3 +298,10 @@ def test_backend_can_be_chosen():
         torch.testing.assert_close(other(x), model(x))
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         build_model(xLSTMLargeConfig(16, 2, 1, 40, ops_backend="fast"))(x)
+
+
+def test_reading_gives_the_state_of_forward(model):
+    tokens = torch.randint(VOCABULARY, (2, 7))
+    _, expected = model(tokens, return_state=True)
+    for a, b in zip(leaves(model.read(tokens)), leaves(expected), strict=True):
+        assert torch.equal(a, b)

@@ -23,7 +23,7 @@ class ModelRunner:
     """A language model in evaluation mode without gradients, whatever mode the caller left it in.
 
     Args:
-        model: a language model (``vocab_size``, ``forward``, ``step``, ``initial_state``). Its training flags
+        model: a language model (``vocab_size``, ``read``, ``step``, ``initial_state``). Its training flags
             are restored after every call.
         prefill_chunk: tokens of a prompt that are read at once; bounds the memory of a long prompt.
 
@@ -32,7 +32,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: nn.Module, prefill_chunk: int = 512) -> None:
-        missing = [n for n in ("vocab_size", "step", "initial_state") if not hasattr(model, n)]
+        missing = [n for n in ("vocab_size", "read", "step", "initial_state") if not hasattr(model, n)]
         if not isinstance(model, nn.Module) or missing:
             raise ValueError(
                 f"a {type(model).__name__} cannot generate text: pass a language model such as xLSTMLMModel "
@@ -79,8 +79,7 @@ class ModelRunner:
         """The state after one piece of text (batch of 1). The state passed in stays as it is."""
         with self._evaluating():
             batch = torch.tensor([list(tokens)], dtype=torch.long, device=self.device)
-            _, state = self.model(batch, state, return_state=True)
-        return state
+            return self.model.read(batch, state)
 
     def step(self, tokens: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
         """One token for every row: logits (B, V) of the next tokens, and the new state."""

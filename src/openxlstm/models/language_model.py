@@ -23,6 +23,18 @@ class LanguageModel(nn.Module, abc.ABC):
         return self.config.vocab_size
 
     @abc.abstractmethod
+    def hidden(
+        self, tokens: Tensor, state: ModelState | None, *, return_state: bool, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """What the output matrix sees: tokens (B, T) -> ((B, T, E), state), after checking both."""
+
+    def read(
+        self, tokens: Tensor, state: ModelState | None = None, *, reset: Tensor | None = None
+    ) -> ModelState:
+        """The state after ``tokens`` (B, T), without computing logits; arguments as for ``forward``."""
+        return self.hidden(tokens, state, return_state=True, reset=reset)[1]
+
+    @abc.abstractmethod
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Advance by one token: tokens (B, 1) -> (logits (B, 1, V), state)."""
 

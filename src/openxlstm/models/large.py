@@ -199,11 +199,17 @@ class xLSTMLarge(LanguageModel):
             ValueError: a token id out of range, or a state of another model or batch.
         """
         return_state = self.config.return_last_states if return_state is None else return_state
-        check_tokens(tokens, self.vocab_size)
-        check_state(state, self.config.num_blocks, tokens.shape[0])
-        x, new_state = self.backbone(self.embedding(tokens), state, return_state=return_state, reset=reset)
+        x, new_state = self.hidden(tokens, state, return_state=return_state, reset=reset)
         logits = soft_cap(self.lm_head(x), self.config.output_logit_soft_cap)
         return (logits, new_state) if return_state else logits
+
+    def hidden(
+        self, tokens: Tensor, state: ModelState | None, *, return_state: bool, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Output of the backbone: tokens (B, T) -> ((B, T, E), state)."""
+        check_tokens(tokens, self.vocab_size)
+        check_state(state, self.config.num_blocks, tokens.shape[0])
+        return self.backbone(self.embedding(tokens), state, return_state=return_state, reset=reset)
 
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Advance by one token: tokens (B, 1) -> (logits (B, 1, V), state)."""

@@ -79,12 +79,18 @@ class xLSTMLMModel(LanguageModel):
         Raises:
             ValueError: a token id out of range, or a state of another model or batch.
         """
+        x, new_state = self.hidden(tokens, state, return_state=return_state, reset=reset)
+        logits = at_least_float32(self.lm_head(x))
+        return (logits, new_state) if return_state else logits
+
+    def hidden(
+        self, tokens: Tensor, state: ModelState | None, *, return_state: bool, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Output of the block stack: tokens (B, T) -> ((B, T, E), state)."""
         check_tokens(tokens, self.vocab_size)
         x = self.emb_dropout(self.token_embedding(tokens))
         result = self.xlstm_block_stack(x, state, return_state=return_state, reset=reset)
-        x, new_state = with_state(result, return_state)
-        logits = at_least_float32(self.lm_head(x))
-        return (logits, new_state) if return_state else logits
+        return with_state(result, return_state)
 
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Advance by one token: tokens (B, 1) -> (logits (B, 1, V), state)."""

@@ -81,7 +81,6 @@ def disabled() -> str | None:
     return "turned off by OPENXLSTM_NATIVE=0" if os.environ.get("OPENXLSTM_NATIVE") == "0" else None
 
 
-@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why native kernels cannot run, or None if they can; finds or compiles the library the first time.
 
@@ -89,6 +88,11 @@ def unavailable() -> str | None:
         ValueError: ``OPENXLSTM_ISA`` names an instruction set this machine lacks.
     """
     return status().reason
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler (more than a second): a
+# compiled graph keeps the answer it got.
+setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def call(function: str, arguments: ctypes.Structure) -> None:

@@ -20,7 +20,9 @@ inline void forward_cell(const Rows &w, int64_t t, int64_t r, const float *pre, 
         const auto whole = [&](int64_t gate) { return recurrent(gate) + (input(gate) + offset(gate)); };
         const auto keep = [&](int64_t gate, vf value) { store(gates + gate * d + e, value, n); };
         if constexpr (CELL == oxl::ELMAN) {
-            store(h + e, tanh(whole(0)), n);
+            const vf out = tanh(whole(0));
+            keep(0, out);
+            store(h + e, out, n);
         } else if constexpr (CELL == oxl::GRU) {
             const vf g = recurrent(0) + offset(0);
             const vf reset = sigmoid(recurrent(1) + (input(0) + offset(1)));

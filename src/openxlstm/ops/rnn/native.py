@@ -3,8 +3,8 @@
 ``openxlstm::rnn_native`` keeps the recurrent matrix of a head in the cache while it walks over time, with the
 rows of the batch side by side; heads and groups of rows run in parallel and never wait for each other.
 Values, buffers and the exact backward pass are those of :mod:`openxlstm.ops.rnn.scan`; without gradients
-nothing is kept per position. Results depend neither on the number of threads nor on the rest of the batch, bit for bit;
-only the gradients of weight and bias, sums over the batch by PyTorch, do.
+nothing is kept per position. Results depend neither on the number of threads nor on the rest of the
+batch, bit for bit; only the gradients of weight and bias, which PyTorch sums over the batch, do.
 
 Not twice differentiable; the backend ``recurrent`` is.
 """

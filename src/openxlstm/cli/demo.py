@@ -194,7 +194,7 @@ def complete(model_directory: Path) -> list[str]:
 def next_steps(output: Path, picture: Path | None, steps: int) -> str:
     """What was written, and commands to type next."""
     model, recipe = output / "model", output / "recipe.yaml"
-    prefix = "" if _on_path() else f"{shlex.quote(str(Path(sys.executable).parent))}/"
+    prefix = "" if _on_path() else f"{shlex.quote(_shortest(Path(sys.executable).parent))}/"
     commands = [
         (f"{prefix}openxlstm generate {model} 'class Parser:' --max-new-tokens 200", "write more"),
         (f"{prefix}openxlstm chat {model} --template plain", "type, let it continue"),
@@ -223,6 +223,12 @@ def _on_path() -> bool:
     import shutil
 
     return shutil.which("openxlstm") is not None
+
+
+def _shortest(path: Path) -> str:
+    """``path`` relative to here if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _free_directory(wanted: Path) -> Path:

@@ -141,7 +141,7 @@ def _find() -> _Loaded:
         if os.name != "posix":
             return _Loaded("unavailable", reason="native kernels need Linux or macOS; using PyTorch")
         return _compiled()
-    except build.BuildError as error:
+    except RuntimeError as error:  # BuildError, or a user without a home directory
         reason = str(error)
     except OSError as error:
         where = error.filename or cache_directory()

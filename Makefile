@@ -45,7 +45,9 @@ lint: .venv/.installed
 	@.venv/bin/lint-imports
 
 bench: .venv-bench/.installed
-	@.venv-bench/bin/python -m benchmarks
+	@for benchmark in "mlstm_cpu --dtype float32" slstm_cpu "train_step_cpu --dtype float32"; do \
+	  echo "== $$benchmark"; set -- $$benchmark; name=$$1; shift; \
+	  .venv-bench/bin/python benchmarks/$$name.py $$* || exit 1; done
 
 wheel: .venv/.installed
 	@rm -rf dist

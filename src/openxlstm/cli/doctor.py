@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from openxlstm.cli.options import parse
 
@@ -28,15 +28,18 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(DoctorOptions, arguments, command="doctor", examples=EXAMPLES)
     from openxlstm.ops import explain
     from openxlstm.ops.dispatch import operators
+    from openxlstm.ops.native import loader
     from openxlstm.runtime import environment_report, render_report, resolve_device
 
     report = environment_report(measure=not options.no_measure)
+    native = asdict(loader.status())
     device = resolve_device("auto")
     backends = {name: explain(name, device=device).splitlines() for name in operators()}
     if options.json:
-        print(json.dumps({**report, "backends": backends}, indent=2))
+        print(json.dumps({**report, "native": native, "backends": backends}, indent=2))
         return 0
     print(render_report(report), end="")
+    print(f"native kernels: {native['reason'] or native['isa'] + ', ' + native['path']} ({native['tier']})")
     print(f"backends on {device}:")
     for lines in backends.values():
         print("\n".join(f"  {line}" for line in lines))

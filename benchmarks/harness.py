@@ -2,14 +2,16 @@
 
 A benchmark is a list of :class:`Variant`. Rounds run every variant once, in turn, so that a noisy machine
 disturbs all alike; the figure is the ratio of medians. Peak memory comes from a fresh process per variant:
-resident high-water mark during one call, minus what was resident before it (inputs and libraries). The matrix
-rate of the machine is measured in the same run, as the bound beside the figure.
+resident high-water mark during the second call, minus what was resident before it (inputs and libraries; the
+first call loads code that stays). The matrix rate of the machine is measured in the same run, as the bound beside the figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -192,13 +194,16 @@ def _memory_in_process(group: str, variant: str) -> int | None:
 
 
 def _measure_memory(variant: Variant) -> None:
-    """Print the high-water mark of one call in bytes, over what was resident before it (Linux)."""
+    """Print the high-water mark of a second call in bytes, over what was resident before it (Linux)."""
     call = variant.prepare()
     status = Path("/proc/self/status")
 
     def field(key: str) -> int:
         return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith(key)) * 1024
 
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = field("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     call()

@@ -34,10 +34,9 @@ from openxlstm.ops.mlstm.gates import gradients, prepare
 from openxlstm.ops.mlstm.workspace import EnteringStates, Workspace
 
 
-def default_chunk_size(qk_dim: int, v_dim: int, time: int) -> int:
-    """Chunk length that balances the work inside chunks, ~L (DK + DV), with that on states, ~DK DV / L."""
-    best = 128 if qk_dim * v_dim >= 64 * 64 else 64
-    return max(1, min(best, time))
+def default_chunk_size(time: int) -> int:
+    """Work inside chunks grows with their length, work on states shrinks: 64 is best or near it on CPUs."""
+    return max(1, min(64, time))
 
 
 @torch.library.custom_op("openxlstm::mlstm_chunkwise", mutates_args=())
@@ -148,7 +147,7 @@ def _backward(
 
     last_flow = torch.zeros(batch, heads, dtype=wide, device=q.device)
     if needs_last:
-        last_flow = _inner(*states[work.chunks], dc, dn).view(batch, heads)
+        last_flow = _inner(work, *states[work.chunks], dc, dn).view(batch, heads)
     flow = last_flow
     for chunk in range(work.chunks - 1, -1, -1):
         chunk_flow[..., chunk] = flow
@@ -201,7 +200,7 @@ def _backward(
         row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
         for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):
             total[:, start:end].copy_(part.view(batch, heads, length, total.shape[-1]).transpose(1, 2))
-        flow = _inner(c, n, dc, dn).view(batch, heads)
+        flow = _inner(work, c, n, dc, dn).view(batch, heads)
 
     path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow
     d_i, d_f, dm0 = gradients(gates, row_flow, chunk_flow, flow, di, path, path_end, i, f, sigmoid)
@@ -222,9 +221,9 @@ def _(q, k, v, i, f, c0, n0, m0, *_):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
 
 
-def _inner(c: Tensor, n: Tensor, dc: Tensor, dn: Tensor) -> Tensor:
+def _inner(work: Workspace, c: Tensor, n: Tensor, dc: Tensor, dn: Tensor) -> Tensor:
     """<C, dC> + n . dn per head, summed in float64 where it exists."""
-    total = torch.bmm(c.flatten(1)[:, None], dc.flatten(1)[..., None]).flatten()
+    total = torch.mul(c, dc, out=work.buffer("inner", *c.shape)).sum((1, 2))
     return total.to(torch.float64 if c.device.type != "mps" else c.dtype) + (n * dn).sum(-1)
 
 
@@ -261,6 +260,6 @@ def chunkwise(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunkwise mLSTM; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
-    size = chunk_size or default_chunk_size(q.shape[-1], v.shape[-1], q.shape[1])
+    size = chunk_size or default_chunk_size(q.shape[1])
     h, c, n, m, _, _ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, size)
     return h, c, n, m

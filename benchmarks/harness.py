@@ -3,7 +3,8 @@
 A benchmark is a list of :class:`Variant`. Rounds run every variant once, in turn, so that a noisy machine
 disturbs all alike; the figure is the ratio of medians. Peak memory comes from a fresh process per variant:
 resident high-water mark during the second call, minus what was resident before it (inputs and libraries; the
-first call loads code that stays). The matrix rate of the machine is measured in the same run, as the bound beside the figure.
+first call loads code that stays). The matrix rate of the machine is measured in the same run, as the bound
+beside the figure.
 """
 
 from __future__ import annotations

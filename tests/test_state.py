@@ -33,8 +33,14 @@ def test_select_keeps_rows_in_the_order_asked():
     assert torch.equal(picked.blocks[0].cell.c, state.blocks[0].cell.c[[2, 0, 2]])
     assert equal(state.select(1), state.select([1]))
     assert state.select([]).batch_size == 0
+    mask = torch.tensor([True, False, True])
+    assert equal(state.select(mask), state.select([0, 2]))
     with pytest.raises(IndexError, match="state has 3 rows, asked for"):
         state.select(3)
+    with pytest.raises(ValueError, match="one entry for each of 3 rows"):
+        state.select(mask[:2])
+    with pytest.raises(ValueError, match="list of integers"):
+        state.select(torch.tensor([0.5]))
 
 
 def test_stack_undoes_select():

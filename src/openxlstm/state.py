@@ -135,10 +135,21 @@ def leaves(state: Any) -> list[Tensor]:
 
 
 def select(state: TreeT, index: Tensor | Sequence[int] | int) -> TreeT:
-    """Keep the rows ``index`` of every leaf. Raises ``IndexError`` when a row does not exist."""
-    rows = [index] if isinstance(index, int) else index
-    rows = torch.as_tensor(rows, dtype=torch.long)
+    """Keep the rows ``index`` of every leaf: an int, several, or a mask of bools.
+
+    Raises:
+        IndexError: a row does not exist.
+        ValueError: a mask of another length, or something that is no index.
+    """
     size = leaves(state)[0].shape[0]
+    rows = torch.as_tensor([index] if isinstance(index, int) else index)
+    if rows.dtype == torch.bool:
+        if rows.shape != (size,):
+            raise ValueError(f"a mask must have one entry for each of {size} rows, got {tuple(rows.shape)}")
+        rows = rows.nonzero().flatten()
+    if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.ndim != 1):
+        raise ValueError(f"rows must be a flat list of integers, got {rows.dtype} {tuple(rows.shape)}")
+    rows = rows.long()
     if rows.numel() and (int(rows.min()) < -size or int(rows.max()) >= size):
         raise IndexError(f"state has {size} rows, asked for {rows.tolist()}")
     return map_state(lambda t: t[rows.to(t.device)], state)

@@ -77,7 +77,7 @@ class CausalConv1d(nn.Module):
             ValueError: ``reset`` of another shape or dtype.
         """
         batch, time, channels = x.shape
-        check_boundaries(None, reset, batch, time)
+        check_boundaries(None, reset, x)
         if self.conv is None:
             return x, at_least_float32(x.new_zeros(batch, 0, channels))
         past = self.kernel_size - 1

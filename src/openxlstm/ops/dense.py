@@ -54,9 +54,9 @@ def _(x, weight, bias):
 
 @torch.library.custom_op("openxlstm::linear_bfloat16_backward", mutates_args=())
 def _linear_bfloat16_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _widened(dy).flatten(0, -2)
+    wide = _widened(dy).reshape(-1, dy.shape[-1])
     dx = (wide @ _widened(weight)).to(x.dtype).view(x.shape)
-    dw = (wide.t() @ _widened(x).flatten(0, -2)).to(weight.dtype)
+    dw = (wide.t() @ _widened(x).reshape(-1, x.shape[-1])).to(weight.dtype)
     return dx, dw, wide.sum(0, dtype=torch.float32).to(weight.dtype)
 
 

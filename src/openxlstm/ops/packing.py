@@ -31,18 +31,21 @@ def reset_from_cu_seqlens(cu_seqlens: Tensor, time: int) -> Tensor:
     return reset[None, :time]
 
 
-def check_boundaries(cu_seqlens: Tensor | None, reset: Tensor | None, batch: int, time: int) -> None:
-    """Check the boundary arguments of an operator against its batch and time.
+def check_boundaries(cu_seqlens: Tensor | None, reset: Tensor | None, x: Tensor) -> None:
+    """Check the boundary arguments of an operator against its input x (B, T, ...).
 
     Raises:
         ValueError: both forms given, a wrong shape or dtype, or offsets that do not rise from 0 to ``time``.
     """
+    batch, time = x.shape[:2]
     if cu_seqlens is not None and reset is not None:
         raise ValueError("give document boundaries once: either cu_seqlens or reset, not both")
     if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch, time)):
         raise ValueError(
             f"reset must be bool of shape (B, T) = {(batch, time)}, got {reset.dtype} {tuple(reset.shape)}"
         )
+    if reset is not None and reset.device != x.device:
+        raise ValueError(f"reset is on {reset.device}, the input on {x.device}: move them to one device")
     if cu_seqlens is None:
         return
     if batch != 1:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from cases import Case
 
-from openxlstm.ops import dispatch, explain, mlstm, mlstm_step, reset_from_cu_seqlens, reset_from_document_ids
+from openxlstm.ops import (
+    dispatch,
+    explain,
+    mlstm,
+    mlstm_initial_state,
+    mlstm_step,
+    reset_from_cu_seqlens,
+    reset_from_document_ids,
+)
 from openxlstm.ops.packing import length_groups
 from openxlstm.state import mLSTMState
 
@@ -34,6 +42,10 @@ def call(**changes):
         ({"reset": torch.zeros(2, 5, dtype=torch.bool)}, "reset must be bool"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "batch must be 1"),
         ({"state": mLSTMState(*(torch.zeros(1) for _ in range(3)))}, "state.c must have shape"),
+        ({"state": (torch.zeros(1), torch.zeros(1))}, "must be an mLSTMState"),
+        ({"state": mlstm_initial_state(2, 2, 8, 12, device="meta")}, "state.c is on meta, q on cpu"),
+        ({"reset": torch.zeros(2, 4, dtype=torch.bool, device="meta")}, "reset is on meta"),
+        ({"q": torch.zeros(2, 4, 2, 0), "k": torch.zeros(2, 4, 2, 0)}, "must be at least 1"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -362,6 +362,14 @@ def test_opcheck(case):
     )
 
 
+def test_opcheck_strided_state():
+    x = list(Case(with_state=True).inputs(torch.float32).values())
+    x[5] = x[5].transpose(2, 3).contiguous().transpose(2, 3)
+    x[6] = x[6].transpose(0, 1).contiguous().transpose(0, 1)
+    x = [t.requires_grad_() for t in x]
+    torch.library.opcheck(torch.ops.openxlstm.mlstm_chunkwise.default, (*x, None, False, True, 1e-6, 16))
+
+
 def test_compiles_without_graph_breaks():
     case = Case(time=20, with_state=True, reset_every=6)
     x = [t.requires_grad_() for t in case.inputs(torch.float32).values()]

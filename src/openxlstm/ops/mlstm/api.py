@@ -146,11 +146,11 @@ def mlstm(
     _check_sequence(q, k, v, i, f, chunk_size)
     _check_options(input_gate, normalize)
     batch, time, heads, qk_dim = q.shape
-    check_boundaries(cu_seqlens, reset, batch, time)
+    check_boundaries(cu_seqlens, reset, q)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is not None:
-        _check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype)
+        _check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype, q.device)
     run = dispatch.resolve("mlstm", backend, dispatch.Request(q.device, q.dtype)).implementation
     options = {
         "sigmoid": input_gate == "sigmoid",
@@ -203,7 +203,7 @@ def mlstm_step(
     _check_sequence(one_q, one_k, one_v, one_i, one_f, None)
     _check_options(input_gate, normalize)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype)
+    _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype, q.device)
     tensors = (q, k, v, i, f, *state)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad})
@@ -240,6 +240,8 @@ def _run_documents(
 def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, chunk_size: int | None) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must have shape (B, T, H, DK), got {tuple(q.shape)}")
+    if q.shape[-1] < 1:
+        raise ValueError(f"the query/key head dimension must be at least 1, got q of shape {tuple(q.shape)}")
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
@@ -270,11 +272,21 @@ def _check_options(input_gate: str, normalize: bool) -> None:
 
 
 def _check_state(
-    state: mLSTMState, batch: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype
+    state: mLSTMState,
+    batch: int,
+    heads: int,
+    qk_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
+    if len(state) != 3:
+        raise ValueError(f"state must be an mLSTMState (c, n, m), got {len(state)} tensors")
     expected = {"c": (batch, heads, qk_dim, v_dim), "n": (batch, heads, qk_dim), "m": (batch, heads)}
     for (name, shape), x in zip(expected.items(), state, strict=True):
         if tuple(x.shape) != shape:
             raise ValueError(f"state.{name} must have shape {shape}, got {tuple(x.shape)}")
         if x.dtype != dtype:
             raise ValueError(f"state.{name} must be {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"state.{name} is on {x.device}, q on {device}: move them to one device")

@@ -58,11 +58,11 @@ def _forward(
     """h, the last c, n, m, and (B, H, T) r and den for the backward."""
     batch, time, heads, _ = q.shape
     h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    c, n = c0.flatten(0, 1).clone(), n0.flatten(0, 1).clone()
+    c, n = (x.clone(memory_format=torch.contiguous_format).flatten(0, 1) for x in (c0, n0))
     r = torch.empty(batch, heads, time, dtype=c0.dtype, device=q.device)
     den = torch.empty_like(r)
     if time == 0:
-        m = torch.zeros_like(m0) if sigmoid else m0.clone()
+        m = m0.new_zeros(m0.shape) if sigmoid else m0.clone(memory_format=torch.contiguous_format)
         return h, c.view(c0.shape), n.view(n0.shape), m, r, den
     gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
     floor = (-gates.m).exp().to(c0.dtype)
@@ -90,7 +90,14 @@ def _forward(
     if not normalize:
         r.zero_()
         den.fill_(1.0)
-    return h, c.view(c0.shape), n.view(n0.shape), gates.m[..., -1].to(m0.dtype, copy=True), r, den
+    return (
+        h,
+        c.view(c0.shape),
+        n.view(n0.shape),
+        gates.m[..., -1].to(m0.dtype).clone(memory_format=torch.contiguous_format),
+        r,
+        den,
+    )
 
 
 @_forward.register_fake

@@ -143,7 +143,7 @@ def rnn(
         raise ValueError(f"x must have shape (B, T, G, H, D), got {tuple(x.shape)}")
     batch, time, _, heads, d = x.shape
     _check_parameters(kind, x, weight, bias, normalizer_floor)
-    check_boundaries(cu_seqlens, reset, batch, time)
+    check_boundaries(cu_seqlens, reset, x)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     dtype = _compute_dtype(x)
     if state is None:

@@ -196,13 +196,13 @@ def _backward(
             dc.mul_(keep[:, None, None])
             work.accumulate(dc, work.product(carried).transpose(1, 2), y)
             dn.mul_(keep[:, None]).add_((carried * rho_rows).sum(1))
-            outgoing = (d_query * qs).sum(-1, dtype=wide)
+            outgoing = torch.mul(d_query, qs, out=carried).sum(-1).to(wide)
         else:
             d_query = work.buffer("d_query", *qs.shape).zero_()
             dc.mul_(keep[:, None, None])
             dn.mul_(keep[:, None])
             outgoing = 0.0
-        incoming = (d_key * ks).sum(-1, dtype=wide)
+        incoming = torch.mul(d_key, ks, out=weighted).sum(-1).to(wide)
         di[..., start:end] = incoming.view(batch, heads, length)
         row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
         for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):

@@ -24,6 +24,7 @@ from openxlstm.models import (
     xLSTMLargeConfig,
     xLSTMLMModelConfig,
 )
+from openxlstm.state import ModelState, map_state
 
 PUBLISHED_YAML = """
 num_blocks: 7
@@ -154,6 +155,21 @@ def lm(**fields):
         (lambda: xLSTMLargeConfig(16, 2, 1, 40, ffn_dim=0), "feed-forward width"),
         (lambda: xLSTMLargeConfig(16, 2, 1, 40, weight_mode="joint"), "weight_mode"),
         (lambda: xLSTMLargeConfig(16, 2, 1, 40, gate_soft_cap=0.0), "gate_soft_cap"),
+        (lambda: xLSTMLargeConfig(16, 2, 1, 40, chunk_size=0), "chunk_size must be positive, got 0"),
+        (lambda: xLSTMLargeConfig(16, 2, 1, 40, ops_backend="fast"), "unknown backend 'fast' for mlstm"),
+        (lambda: mLSTMLayerConfig(ops_backend="chunkwize"), "Did you mean 'chunkwise'"),
+        (
+            lambda: sLSTMLayerConfig(ops_backend="nativ"),
+            "unknown backend 'nativ' for rnn. Did you mean 'native'",
+        ),
+        (lambda: mLSTMLayerConfig(proj_factor=0.0), "proj_factor must be a positive number, got 0.0"),
+        (lambda: mLSTMLayerConfig(round_proj_up_to_multiple_of=0), "multiple_of must be at least 1"),
+        (lambda: FeedForwardConfig(proj_factor=float("nan")), "proj_factor must be a positive number"),
+        (lambda: FeedForwardConfig(round_proj_up_to_multiple_of=-64), "multiple_of must be at least 1"),
+        (
+            lambda: lm(mlstm_block=mLSTMBlockConfig(mLSTMLayerConfig(round_proj_up_dim_up=False))),
+            "gives an inner width of 0",
+        ),
         (lambda: build_model({"model_type": "xlstm_larg"}), "Did you mean 'xlstm_large'"),
         (lambda: build_model({"model_type": "xlstm_lm", "num_block": 3}), "Did you mean 'num_blocks'"),
         (lambda: build_model(xLSTMBlockStackConfig()), "not the configuration of a language model"),
@@ -188,6 +204,13 @@ def test_wrong_inputs(config):
     other = build_model(xLSTMLargeConfig(16, 2, 3, 40))
     with pytest.raises(ValueError, match="3 blocks"):
         model(good, other.initial_state(2))
+    blocks = model.initial_state(2).blocks
+    first = map_state(lambda leaf: torch.cat([leaf, leaf], -1), blocks[0])
+    for wrong in (first, blocks[0][:1]):
+        with pytest.raises(ValueError, match="other cells or widths: its block 0 holds"):
+            model.step(good[:, :1], ModelState((wrong, *blocks[1:])))
+    with pytest.raises(ValueError, match=r"must be a ModelState.*got tuple"):
+        model(good, blocks)
     with pytest.raises(ValueError, match="reset"):
         model(good, reset=torch.zeros(2, 4, dtype=torch.bool))
 

@@ -24,6 +24,7 @@ from openxlstm.models import (
     xLSTMLargeConfig,
     xLSTMLMModelConfig,
 )
+from openxlstm.ops import dispatch
 from openxlstm.state import ModelState, leaves
 
 VOCABULARY = 40
@@ -297,7 +298,32 @@ def test_backend_can_be_chosen():
         other.load_state_dict(model.state_dict())
         torch.testing.assert_close(other(x), model(x))
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
-        build_model(xLSTMLargeConfig(16, 2, 1, 40, ops_backend="fast"))(x)
+        xLSTMLargeConfig(16, 2, 1, 40, ops_backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("backend", "step"), [("recurrent", "recurrent"), ("chunkwise", "auto"), ("auto", "auto")]
+)
+def test_steps_take_the_backend_that_was_asked_for(backend, step, monkeypatch):
+    taken = []
+    resolve = dispatch.resolve
+
+    def spy(operator, name, request):
+        taken.append((operator, name))
+        return resolve(operator, name, request)
+
+    monkeypatch.setattr(dispatch, "resolve", spy)
+    rnn_backend = "scan" if backend == "chunkwise" else backend
+    blocks = {
+        "mlstm_block": mLSTMBlockConfig(mLSTMLayerConfig(ops_backend=backend)),
+        "slstm_block": sLSTMBlockConfig(sLSTMLayerConfig(ops_backend=rnn_backend)),
+    }
+    for config in (
+        xLSTMLargeConfig(16, 2, 1, 40, ops_backend=backend),
+        xLSTMLMModelConfig(vocab_size=40, embedding_dim=16, num_blocks=2, slstm_at=[1], **blocks),
+    ):
+        build_model(config).step(tokens(2, 1))
+    assert taken == [("mlstm_step", step), ("mlstm_step", step), ("rnn_step", step)]
 
 
 def test_reading_gives_the_state_of_forward(model):

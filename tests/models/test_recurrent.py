@@ -130,6 +130,10 @@ def test_same_generator_same_network():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def packed():
+    return pack_sequence([torch.randn(n, 4) for n in (3, 2, 2)])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -140,9 +144,17 @@ def test_same_generator_same_network():
         (lambda: xLSTM(4, 8)(torch.randn(4)), "2 dimensions"),
         (
             lambda: xLSTM(4, 8)(torch.randn(3, 2, 4), xLSTM(4, 8, 2).initial_state(2)),
-            "the state has 2 blocks",
+            "model of 2 blocks, this one has 1",
         ),
         (lambda: xLSTM(4, 8)(torch.randn(3, 2, 4), xLSTM(4, 8).initial_state(5)), "holds 5 sequences"),
+        (lambda: xLSTM(4, 8)(packed(), xLSTM(4, 8).initial_state(5)), "holds 5 sequences, the input 3"),
+        (lambda: xLSTM(4, 8)(packed(), xLSTM(4, 8).initial_state(2)), "holds 2 sequences, the input 3"),
+        (lambda: xLSTM(4, 8)(torch.randn(3, 2, 4), xLSTM(4, 64).initial_state(2)), "other cells or widths"),
+        (lambda: xLSTM(4, 8)(packed(), xLSTM(4, 8, cell="slstm").initial_state(3)), "other cells or widths"),
+        (
+            lambda: xLSTM(4, 8)(torch.randn(3, 2, 4), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))),
+            "must be a ModelState",
+        ),
     ],
 )
 def test_wrong_use(call, message):

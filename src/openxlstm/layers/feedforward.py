@@ -31,6 +31,21 @@ def projected_dim(embedding_dim: int, factor: float, multiple_of: int, round_up:
     return (math.ceil(count) if round_up else math.floor(count)) * multiple_of
 
 
+def check_projection(proj_factor: float, round_proj_up_to_multiple_of: int) -> None:
+    """Refuse what gives no width.
+
+    Raises:
+        ValueError: a factor that is not positive and finite, or a multiple below 1.
+    """
+    if not 0 < proj_factor < math.inf:
+        raise ValueError(f"proj_factor must be a positive number, got {proj_factor}")
+    if round_proj_up_to_multiple_of < 1:
+        raise ValueError(
+            f"round_proj_up_to_multiple_of must be at least 1 (1 rounds to whole numbers), "
+            f"got {round_proj_up_to_multiple_of}"
+        )
+
+
 @dataclass(frozen=True)
 class FeedForwardConfig:
     """Gated feed-forward, with the published fields."""
@@ -55,6 +70,7 @@ class FeedForwardConfig:
     def __post_init__(self) -> None:
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn must be one of {', '.join(ACTIVATIONS)}, got {self.act_fn!r}")
+        check_projection(self.proj_factor, self.round_proj_up_to_multiple_of)
 
     @property
     def proj_up_dim(self) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from openxlstm.layers.backends import step_backend
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
 from openxlstm.layers.linear import Linear
 from openxlstm.layers.norms import PlainMultiHeadLayerNorm, RMSNorm
@@ -99,6 +100,7 @@ class mLSTMLargeLayer(_FusableModule):
     def __init__(self, config: LargeConfig) -> None:
         super().__init__()
         self.config = config
+        self.step_backend = step_backend("mlstm_step", config.ops_backend)
         width, heads, qk, v = config.embedding_dim, config.num_heads, config.qk_dim, config.v_dim
         self._fused = config.weight_mode == "fused"
         self._fusions = {
@@ -175,7 +177,8 @@ class mLSTMLargeLayer(_FusableModule):
         """Advance by one position: x (B, 1, E) -> (y (B, 1, E), state)."""
         state = self.initial_state(x.shape[0], x.device) if state is None else state
         q, k, v, i, f, o = self._project(x)
-        h, state = mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], state, eps=self.config.eps)
+        q, k, v, i, f = (u[:, 0] for u in (q, k, v, i, f))
+        h, state = mlstm_step(q, k, v, i, f, state, eps=self.config.eps, backend=self.step_backend)
         return self.out_proj(torch.sigmoid(o) * self.multihead_norm(h[:, None])), state
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> mLSTMState:

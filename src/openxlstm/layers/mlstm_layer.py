@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from openxlstm.layers.backends import check_backend, step_backend
 from openxlstm.layers.causal_conv import CausalConv1d
-from openxlstm.layers.feedforward import projected_dim
+from openxlstm.layers.feedforward import check_projection, projected_dim
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
 from openxlstm.layers.linear import Linear, LinearHeadwise
 from openxlstm.layers.norms import MultiHeadLayerNorm
@@ -53,7 +54,12 @@ class mLSTMLayerConfig:
     round_proj_up_to_multiple_of: int = 64
     """The inner width is a multiple of this."""
     ops_backend: str = "auto"
-    """Backend of the mLSTM operator (``openxlstm.ops.mlstm``), not a published field."""
+    """Backend of the mLSTM operator (``openxlstm.ops.mlstm``), not a published field. ``step`` uses the one
+    of this name too; where only whole sequences have it ("chunkwise", "parallel"), it is "auto"."""
+
+    def __post_init__(self) -> None:
+        check_projection(self.proj_factor, self.round_proj_up_to_multiple_of)
+        check_backend("mlstm", self.ops_backend)
 
     @property
     def inner_embedding_dim(self) -> int:
@@ -70,6 +76,7 @@ class mLSTMCell(nn.Module):
         super().__init__()
         inner, self.num_heads = config.inner_embedding_dim, config.num_heads
         self.backend = config.ops_backend
+        self.step_backend = step_backend("mlstm_step", config.ops_backend)
         self.igate = Linear(3 * inner, self.num_heads)
         self.fgate = Linear(3 * inner, self.num_heads)
         self.outnorm = MultiHeadLayerNorm(inner)
@@ -92,7 +99,7 @@ class mLSTMCell(nn.Module):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: mLSTMState) -> tuple[Tensor, mLSTMState]:
         i, f, q, k, v = (u[:, 0] for u in self._heads(q, k, v))
-        h, state = mlstm_step(q, k, v, i, f, state)
+        h, state = mlstm_step(q, k, v, i, f, state, backend=self.step_backend)
         return self.outnorm(h[:, None]), state
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -126,7 +133,12 @@ class mLSTMLayer(nn.Module):
         width, inner = config.embedding_dim, config.inner_embedding_dim
         if width < 1:
             raise ValueError(f"embedding_dim must be positive, got {width}")
-        if config.num_heads < 1 or inner < 1 or inner % config.num_heads:
+        if inner < 1:
+            raise ValueError(
+                f"proj_factor {config.proj_factor} gives an inner width of {inner}; "
+                "choose a larger factor or round up"
+            )
+        if config.num_heads < 1 or inner % config.num_heads:
             raise ValueError(
                 f"num_heads {config.num_heads} does not divide the inner width {inner} of the mLSTM "
                 f"(embedding_dim {width} x proj_factor {config.proj_factor}, rounded to a multiple of "

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from openxlstm.layers.backends import check_backend, step_backend
 from openxlstm.layers.causal_conv import CausalConv1d
 from openxlstm.layers.initialization import linspace_, powerlaw_forget_bias, uniform_, zero_
 from openxlstm.layers.linear import LinearHeadwise
@@ -69,7 +70,8 @@ class sLSTMLayerConfig:
     dropout: float = 0.0
     """Dropout on the cell's output, before the norm; the stack fills it in."""
     ops_backend: str = "auto"
-    """Backend of the recurrent operator (``openxlstm.ops.rnn``), not a published field."""
+    """Backend of the recurrent operator (``openxlstm.ops.rnn``), not a published field. ``step`` uses the one
+    of this name too; where only whole sequences have it ("scan", "native"), it is "auto"."""
 
     def __post_init__(self) -> None:
         for name in ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval"):
@@ -85,6 +87,7 @@ class sLSTMLayerConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_backend("rnn", self.ops_backend)
 
 
 class sLSTMCell(nn.Module):
@@ -99,6 +102,7 @@ class sLSTMCell(nn.Module):
     def __init__(self, config: sLSTMLayerConfig) -> None:
         super().__init__()
         self.config = config
+        self.step_backend = step_backend("rnn_step", config.ops_backend)
         heads, head_dim = config.num_heads, config.embedding_dim // config.num_heads
         self.num_heads, self.head_dim = heads, head_dim
         self._recurrent_kernel_ = nn.Parameter(torch.empty(heads, GATES * head_dim, head_dim))
@@ -130,7 +134,14 @@ class sLSTMCell(nn.Module):
         return with_state(result, return_state)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # x (B, 1, 4, H, D) -> h (B, 1, H, D)
-        h, state = rnn_step(self.config.function, x[:, 0], self.recurrent_weight, self.bias, state)
+        h, state = rnn_step(
+            self.config.function,
+            x[:, 0],
+            self.recurrent_weight,
+            self.bias,
+            state,
+            backend=self.step_backend,
+        )
         return h[:, None], state
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> Any:

@@ -21,7 +21,7 @@ from openxlstm.layers.blocks import (
     step_blocks,
 )
 from openxlstm.layers.norms import LayerNorm
-from openxlstm.models.language_model import check_state, check_step_input
+from openxlstm.models.language_model import check_state, check_step_input, state_layout
 from openxlstm.models.pattern import resolve_slstm_at
 from openxlstm.state import ModelState
 
@@ -125,6 +125,7 @@ class xLSTMBlockStack(nn.Module):
         self.post_blocks_norm = (
             LayerNorm(config.embedding_dim) if config.add_post_blocks_norm else nn.Identity()
         )
+        self._state_layout = state_layout(self.initial_state(1, "meta"))
 
     def forward(
         self,
@@ -152,7 +153,7 @@ class xLSTMBlockStack(nn.Module):
             raise ValueError(
                 f"the input must be (batch, time, {self.config.embedding_dim}), got {tuple(x.shape)}"
             )
-        check_state(state, len(self.blocks), x.shape[0])
+        check_state(state, self._state_layout, x.shape[0])
         states = None if state is None else state.blocks
         x, states = run_blocks(self.blocks, x, states, return_state=return_state, reset=reset)
         y = self.post_blocks_norm(x)
@@ -161,7 +162,7 @@ class xLSTMBlockStack(nn.Module):
     def step(self, x: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Advance by one position: x (B, 1, E) -> (y (B, 1, E), state). ``state=None`` is the empty state."""
         check_step_input(x)
-        check_state(state, len(self.blocks), x.shape[0])
+        check_state(state, self._state_layout, x.shape[0])
         x, states = step_blocks(self.blocks, x, None if state is None else state.blocks)
         return self.post_blocks_norm(x), ModelState(states)
 

@@ -93,19 +93,47 @@ def check_step_input(x: Tensor) -> None:
         )
 
 
-def check_state(state: ModelState | None, num_blocks: int, batch_size: int) -> None:
+def state_layout(state: Any) -> tuple[Any, ...]:
+    """What states of one model have in common: ``(node type, children...)`` down to the shapes of one row."""
+    if isinstance(state, Tensor):
+        return tuple(state.shape[1:])
+    if not isinstance(state, tuple):
+        return (type(state).__name__,)
+    return (type(state).__name__, *(state_layout(part) for part in state))
+
+
+def check_state(state: ModelState | None, layout: tuple[Any, ...], batch_size: int) -> None:
     """Refuse a state of another model or batch.
 
+    Args:
+        state: what the caller passed.
+        layout: :func:`state_layout` of the model's own states. While compiling, only the number of blocks is
+            compared.
+        batch_size: rows of the input.
+
     Raises:
-        ValueError: wrong number of blocks or rows.
+        ValueError: no ModelState; another number of blocks, other cells or widths; another number of rows.
     """
     if state is None:
         return
-    if len(state.blocks) != num_blocks:
+    if not isinstance(state, ModelState):
         raise ValueError(
-            f"the state belongs to a model of {len(state.blocks)} blocks, this one has {num_blocks}"
+            "the state must be a ModelState, as an earlier call or initial_state(batch_size) returns it, "
+            f"got {type(state).__name__}"
         )
-    rows = leaves(state)[0].shape[0]
+    _, (_, *blocks) = layout
+    if len(state.blocks) != len(blocks):
+        raise ValueError(
+            f"the state belongs to a model of {len(state.blocks)} blocks, this one has {len(blocks)}"
+        )
+    if not torch.compiler.is_compiling():
+        for index, (block, expected) in enumerate(zip(state.blocks, blocks, strict=True)):
+            if state_layout(block) != expected:
+                raise ValueError(
+                    f"the state belongs to a model of other cells or widths: its block {index} holds "
+                    f"{state_layout(block)} per row, this model's {expected}"
+                )
+    rows = next((leaf.shape[0] for leaf in leaves(state) if leaf.shape[0] != batch_size), batch_size)
     if rows != batch_size:
         raise ValueError(
             f"the state holds {rows} sequences, the input {batch_size}; "

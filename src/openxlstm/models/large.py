@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from openxlstm.layers.backends import check_backend
 from openxlstm.layers.blocks import run_blocks, step_blocks
 from openxlstm.layers.initialization import small_init_
 from openxlstm.layers.large import mLSTMLargeBlock
@@ -25,6 +26,7 @@ from openxlstm.models.language_model import (
     check_step_input,
     check_tokens,
     split_names,
+    state_layout,
 )
 from openxlstm.state import ModelState
 
@@ -87,10 +89,18 @@ class xLSTMLargeConfig:
     tie_word_embeddings: bool = False
     """Use the embedding as output matrix (a field of the Hugging Face version)."""
     ops_backend: str = "auto"
-    """Backend of the mLSTM operator (``openxlstm.ops.mlstm``), not a published field."""
+    """Backend of the mLSTM operator (``openxlstm.ops.mlstm``), not a published field. ``step`` uses the one
+    of this name too; where only whole sequences have it ("chunkwise", "parallel"), it is "auto"."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_dim", "num_heads", "num_blocks", "vocab_size", "ffn_round_up_to_multiple_of"):
+        for name in (
+            "embedding_dim",
+            "num_heads",
+            "num_blocks",
+            "vocab_size",
+            "ffn_round_up_to_multiple_of",
+            "chunk_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name, width in (("query/key", self.qk_dim), ("value", self.v_dim)):
@@ -107,6 +117,7 @@ class xLSTMLargeConfig:
             cap = getattr(self, name)
             if cap is not None and cap <= 0:
                 raise ValueError(f"{name} must be positive, or None for no cap, got {cap}")
+        check_backend("mlstm", self.ops_backend)
 
     @property
     def qk_dim(self) -> int:
@@ -174,6 +185,7 @@ class xLSTMLarge(LanguageModel):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
         self._reset_embedding_and_head(None)
+        self._state_layout = state_layout(self.initial_state(1, "meta"))
 
     def forward(
         self,
@@ -208,14 +220,14 @@ class xLSTMLarge(LanguageModel):
     ) -> tuple[Tensor, ModelState]:
         """Output of the backbone: tokens (B, T) -> ((B, T, E), state)."""
         check_tokens(tokens, self.vocab_size)
-        check_state(state, self.config.num_blocks, tokens.shape[0])
+        check_state(state, self._state_layout, tokens.shape[0])
         return self.backbone(self.embedding(tokens), state, return_state=return_state, reset=reset)
 
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Advance by one token: tokens (B, 1) -> (logits (B, 1, V), state)."""
         check_step_input(tokens)
         check_tokens(tokens, self.vocab_size)
-        check_state(state, self.config.num_blocks, tokens.shape[0])
+        check_state(state, self._state_layout, tokens.shape[0])
         x, state = self.backbone.step(self.embedding(tokens), state)
         return soft_cap(self.lm_head(x), self.config.output_logit_soft_cap), state
 

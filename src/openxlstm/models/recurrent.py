@@ -22,6 +22,7 @@ from openxlstm.layers.linear import Linear
 from openxlstm.layers.mlstm_layer import mLSTMLayerConfig
 from openxlstm.layers.slstm_layer import sLSTMLayerConfig
 from openxlstm.models.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig
+from openxlstm.models.language_model import check_state, state_layout
 from openxlstm.state import ModelState, select, stack
 
 _CELLS: dict[str, Callable[[int], range]] = {  # positions of the sLSTM blocks for a number of layers
@@ -107,6 +108,7 @@ class xLSTM(nn.Module):
         )
         self.stacks = nn.ModuleList(xLSTMBlockStack(config) for _ in range(directions))
         self._reset_projections(None)
+        self._state_layout = state_layout(self.initial_state(1, "meta"))
 
     def forward(
         self, input: Tensor | PackedSequence, state: ModelState | None = None
@@ -116,7 +118,8 @@ class xLSTM(nn.Module):
         Args:
             input: (T, B, input_size), or (B, T, input_size) with ``batch_first``; (T, input_size) without a
                 batch; or a ``PackedSequence`` of sequences of different lengths.
-            state: what came before, as returned by the last call; None is the empty state.
+            state: what came before, the ModelState returned by the last call (there is no (h_0, c_0) as for
+                ``nn.LSTM``); None is the empty state.
 
         Returns:
             output, in the form of the input with ``hidden_size * (2 if bidirectional else 1)`` features, and
@@ -128,12 +131,14 @@ class xLSTM(nn.Module):
         width = (input.data if isinstance(input, PackedSequence) else input).shape[-1]
         if width != self.input_size:
             raise ValueError(f"the input has {width} features, this xLSTM takes {self.input_size}")
-        states = self._split_state(state)
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, states)
+            check_state(state, self._state_layout, int(input.batch_sizes[0]))
+            return self._run_packed(input, self._split_state(state))
         if input.ndim not in (2, 3):
             raise ValueError(f"the input must have 2 dimensions (unbatched) or 3, got {tuple(input.shape)}")
         x = input[None] if input.ndim == 2 else input if self.batch_first else input.transpose(0, 1)
+        check_state(state, self._state_layout, x.shape[0])
+        states = self._split_state(state)
 
         outputs, new_states = [], []
         for backward, (project, blocks) in enumerate(self._directions()):
@@ -168,11 +173,6 @@ class xLSTM(nn.Module):
         directions, layers = len(self.stacks), self.num_layers
         if state is None:
             return [None] * directions
-        if len(state.blocks) != directions * layers:
-            raise ValueError(
-                f"the state has {len(state.blocks)} blocks, this xLSTM has {directions * layers} "
-                f"({layers} layers, {directions} direction{'s' if directions > 1 else ''})"
-            )
         return [
             ModelState(state.blocks[start : start + layers])
             for start in range(0, directions * layers, layers)

@@ -20,7 +20,7 @@ from torch import Tensor
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.native import loader
 from openxlstm.ops.rnn.cells import CELLS, Cell
-from openxlstm.ops.rnn.scan_cells import STEPS
+from openxlstm.ops.rnn.scan import new_buffers, register_gradient
 
 _NUMBERS = {"slstm": 0, "lstm": 1, "gru": 2, "elman": 3}
 
@@ -68,23 +68,6 @@ def native(
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 
 
-def _new_buffers(cell: Cell, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty hs, gates, memory and factors, of all positions of x (B, T, G, H, D) or of one."""
-    batch, time, _, heads, d = x.shape
-    steps = STEPS[cell.name]
-    after, during = (time + 1, time) if keep else (1, 1)
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    return (
-        empty(heads, after, batch, d),
-        empty(heads, during, batch, len(cell.bias_gates), d),
-        empty(after, steps.memory_slots, heads, batch, d),
-        empty(during, steps.factor_slots, heads, batch, d),
-    )
-
-
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -129,7 +112,7 @@ def _forward(
     x = x.float()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    buffers = _new_buffers(CELLS[cell], x, keep)
+    buffers = new_buffers(CELLS[cell], x, torch.float32, keep)
     h, last = x.new_empty((batch, time, heads, d)), state.new_empty(state.shape)
     if batch == 0:
         return h, last, *buffers
@@ -140,22 +123,6 @@ def _forward(
     loader.call("oxl_rnn_forward", a)
     del alive
     return h, last, *buffers
-
-
-@_forward.register_fake
-def _(
-    cell: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    reset: Tensor | None,
-    normalizer_floor: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, time, _, heads, d = x.shape
-    h = x.new_empty((batch, time, heads, d), dtype=torch.float32)
-    return h, state.new_empty(state.shape), *_new_buffers(CELLS[cell], x, keep)
 
 
 @torch.library.custom_op("openxlstm::rnn_native_backward", mutates_args=())
@@ -197,45 +164,4 @@ def _backward(
     return d_gates, d_weight.view(heads, -1, d, d).transpose(0, 1).contiguous(), d_state
 
 
-@_backward.register_fake
-def _(
-    cell: str,
-    d_h: Tensor,
-    d_last: Tensor | None,
-    weight: Tensor,
-    reset: Tensor | None,
-    hs: Tensor,
-    gates: Tensor,
-    memory: Tensor,
-    factors: Tensor,
-    normalizer_floor: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, _, batch, _, d = gates.shape
-    d_state = gates.new_empty((len(CELLS[cell].state_type._fields), heads, batch, d))
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return torch.empty_like(gates), d_weight, d_state
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, x, weight, bias, _, reset, floor, _ = inputs
-    ctx.save_for_backward(weight, reset, *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.cell, ctx.floor, ctx.x_dtype, ctx.gates = cell, floor, x.dtype, x.shape[2]
-    ctx.has_bias = bias is not None
-
-
-def _differentiate(ctx: Any, d_h: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Any, ...]:
-    weight, reset, hs, gates, memory, factors = ctx.saved_tensors
-    if d_h is None:
-        heads, time, batch, _, d = gates.shape
-        d_h = gates.new_zeros((batch, time, heads, d))
-    d_gates, d_weight, d_state = _backward(
-        ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor
-    )
-    d_x = d_gates[:, :, :, gates.shape[3] - ctx.gates :].permute(2, 1, 3, 0, 4).to(ctx.x_dtype)
-    d_bias = d_gates.sum((1, 2)).transpose(0, 1) if ctx.has_bias else None
-    return None, d_x, d_weight, d_bias, d_state, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradient(_forward, _backward)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.scan_cells import STEPS, ElmanSteps, by_time
@@ -58,19 +59,22 @@ def scan(
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 
 
-def _new_buffers(cell: Cell, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty hs, gates, memory and factors for a run over x (B, T, G, H, D)."""
+def new_buffers(
+    cell: Cell, x: Tensor, dtype: torch.dtype, keep: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty hs, gates, memory and factors for a run over x (B, T, G, H, D): of all positions, or of one."""
     batch, time, _, heads, d = x.shape
     steps = STEPS[cell.name]
+    after, during = (time + 1, time) if keep else (1, 1)
 
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
     return (
-        empty(heads, time + 1, batch, d),
-        empty(heads, time, batch, len(cell.bias_gates), d),
-        empty(time + 1, steps.memory_slots, heads, batch, d),
-        empty(time, steps.factor_slots, heads, batch, d),
+        empty(heads, after, batch, d),
+        empty(heads, during, batch, len(cell.bias_gates), d),
+        empty(after, steps.memory_slots, heads, batch, d),
+        empty(during, steps.factor_slots, heads, batch, d),
     )
 
 
@@ -127,7 +131,7 @@ def _forward(
     """h (B, T, H, D), the last state (S, H, B, D), and hs, gates, memory, factors for the backward pass."""
     kind = CELLS[cell]
     with torch.autocast(x.device.type, enabled=False):
-        hs, gates, memory, factors = _new_buffers(kind, x, weight.dtype)
+        hs, gates, memory, factors = new_buffers(kind, x, weight.dtype)
         _fill_inputs(kind, gates, x, bias)
         hs[:, 0] = state[0]
         matrices = _matrices(weight).mT  # (H, D_in, G_r * D_out)
@@ -142,21 +146,6 @@ def _forward(
         last = torch.stack([steps.h[-1], *steps.last()])
         h = hs[:, 1:].permute(2, 1, 0, 3).clone(memory_format=torch.contiguous_format)
         return h, last, hs, gates, memory, factors
-
-
-@_forward.register_fake
-def _(
-    cell: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    reset: Tensor | None,
-    normalizer_floor: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, time, _, heads, d = x.shape
-    h = x.new_empty((batch, time, heads, d), dtype=weight.dtype)
-    return h, state.new_empty(state.shape), *_new_buffers(CELLS[cell], x, weight.dtype)
 
 
 def _walk_back(
@@ -227,10 +216,24 @@ def _backward(
         return d_gates, d_weight, torch.stack([d_first, *steps.first_gradients()])
 
 
-@_backward.register_fake
-def _(
+def _forward_shapes(
     cell: str,
-    d_hs: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None,
+    normalizer_floor: float | None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, time, _, heads, d = x.shape
+    h = x.new_empty((batch, time, heads, d), dtype=weight.dtype)
+    return h, state.new_empty(state.shape), *new_buffers(CELLS[cell], x, weight.dtype, keep)
+
+
+def _backward_shapes(
+    cell: str,
+    d_h: Tensor,
     d_last: Tensor | None,
     weight: Tensor,
     reset: Tensor | None,
@@ -241,39 +244,39 @@ def _(
     normalizer_floor: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, _, batch, _, d = gates.shape
-    states = len(CELLS[cell].state_type._fields)
-    return (
-        torch.empty_like(gates),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        gates.new_empty((states, heads, batch, d)),
-    )
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    d_state = gates.new_empty((len(CELLS[cell].state_type._fields), heads, batch, d))
+    return torch.empty_like(gates), d_weight, d_state
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, x, weight, bias, _, reset, floor = inputs
+    cell, x, weight, bias, _, reset, floor, *options = inputs
     ctx.save_for_backward(weight, reset, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.floor, ctx.x_dtype, ctx.gates, ctx.has_bias = (
-        cell,
-        floor,
-        x.dtype,
-        x.shape[2],
-        bias is not None,
-    )
+    ctx.cell, ctx.floor, ctx.x_dtype, ctx.gates = cell, floor, x.dtype, x.shape[2]
+    ctx.has_bias, ctx.options = bias is not None, len(options)
 
 
-def _differentiate(ctx: Any, d_h: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Any, ...]:
-    weight, reset, hs, gates, memory, factors = ctx.saved_tensors
-    if d_h is None:
-        heads, time, batch, _, d = gates.shape
-        d_h = gates.new_zeros((batch, time, heads, d))
-    d_gates, d_weight, d_state = _backward(
-        ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor
-    )
-    d_x = d_gates[:, :, :, gates.shape[3] - ctx.gates :].permute(2, 1, 3, 0, 4).to(ctx.x_dtype)
-    d_bias = d_gates.sum((1, 2)).transpose(0, 1) if ctx.has_bias else None
-    return None, d_x, d_weight, d_bias, d_state, None, None
+def register_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Tell PyTorch the shapes of both operators (arguments as above; forward may add ``keep``) and that one
+    is the gradient of the other."""
+
+    def differentiate(ctx: Any, d_h: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Any, ...]:
+        weight, reset, hs, gates, memory, factors = ctx.saved_tensors
+        if d_h is None:
+            heads, time, batch, _, d = gates.shape
+            d_h = gates.new_zeros((batch, time, heads, d))
+        d_gates, d_weight, d_state = backward(
+            ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor
+        )
+        d_x = d_gates[:, :, :, gates.shape[3] - ctx.gates :].permute(2, 1, 3, 0, 4).to(ctx.x_dtype)
+        d_bias = d_gates.sum((1, 2)).transpose(0, 1) if ctx.has_bias else None
+        return None, d_x, d_weight, d_bias, d_state, None, None, *[None] * ctx.options
+
+    forward.register_fake(_forward_shapes)
+    backward.register_fake(_backward_shapes)
+    forward.register_autograd(differentiate, setup_context=_setup_context)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradient(_forward, _backward)

@@ -40,6 +40,12 @@ def test_data_from_json_lines(cli: Callable, tmp_path: Path) -> None:
     assert cli("data", tmp_path / "a.jsonl", "--output", tmp_path / "out", *words).code == 0
 
 
+def test_data_from_a_small_file(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "tiny.txt").write_text("It was a dark and stormy night.\n" * 10)
+    words = ("--output", tmp_path / "out", "--tokenizer", "bytes")
+    assert cli("data", tmp_path / "tiny.txt", *words).code == 0
+
+
 def test_train_resume_and_use(cli: Callable, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, out, _ = cli("train", recipe, "--train.steps", "3", "--train.seed=4")
@@ -139,6 +145,9 @@ def test_batches(cli: Callable, model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n')
     code, out, _ = cli("generate", model, "--prompts", tmp_path / "prompts.jsonl", *options)
     assert json.loads(out) == answers[2]
+    (tmp_path / "odd.txt").write_text("a\u2028b\x0cc\n")
+    out = cli("generate", model, "--prompts", tmp_path / "odd.txt", *options).out
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["a\u2028b\x0cc"]
 
 
 def test_chat(cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

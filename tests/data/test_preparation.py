@@ -276,6 +276,22 @@ def test_foreign_directories_are_refused(texts: list[str], bpe: Tokenizer, tmp_p
     assert not (tmp_path / "data").exists()
 
 
+def test_only_our_own_temporary_files_are_removed(texts: list[str], bpe: Tokenizer, tmp_path: Path) -> None:
+    output = tmp_path / "d"
+    output.mkdir()
+    (output / ".draft.7.tmp").write_text("precious")
+    with pytest.raises(ValueError, match=r"already holds other files \(\.draft\.7\.tmp\)"):
+        again(texts, bpe, output)
+    (output / ".draft.7.tmp").rename(tmp_path / "draft")
+    (output / ".manifest.json.7.tmp").write_text("{")  # as if killed while writing the first manifest
+    again(texts, bpe, output)
+    names = set(contents(output))
+    (output / ".train-00000.ends.bin.7.tmp").write_text("")
+    (tmp_path / "draft").rename(output / ".draft.7.tmp")
+    again(texts, bpe, output)
+    assert set(contents(output)) == names | {".draft.7.tmp"}
+
+
 def test_bad_arguments(texts: list[str], bpe: Tokenizer, tmp_path: Path) -> None:
     for changes, message in (
         ({"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),

@@ -38,6 +38,17 @@ def test_text_file_pieces_end_at_blank_lines_and_join_to_the_file(tmp_path: Path
     assert sum(piece.endswith("\n\n") for piece in pieces) > 0.9 * len(pieces)
 
 
+@pytest.mark.parametrize(("lines", "longest"), [(5, 128), (300, 600), (30_000, 16384)])
+def test_small_files_give_several_pieces(tmp_path: Path, lines: int, longest: int) -> None:
+    text = "all work and no play makes jack\n" * lines
+    path = write(tmp_path / "a.txt", text)
+    pieces = list(TextFile(path).documents())
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    assert max(map(len, pieces)) <= longest
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
 @given(
     st.text(alphabet="ab\n", max_size=60),
     st.integers(1, 7),
@@ -196,6 +207,9 @@ def test_as_source_and_missing(tree: Path, tmp_path: Path) -> None:
     assert as_source(tree, patterns=["*.py"]) == FileTree(tree, ("*.py",))
     assert as_source(tree / "lines.jsonl", text_field="t") == JSONLines(tree / "lines.jsonl", "t")
     assert as_source(tree / "a.py", separator="#") == TextFile(tree / "a.py", "#")
+    for path, reason in ((tree, "is a directory"), (tree / "lines.jsonl", "is JSON Lines")):
+        with pytest.raises(ValueError, match=reason):
+            as_source(path, separator="#")
     source = Texts(["x"])
     assert as_source(source) is source
     with pytest.raises(FileNotFoundError, match="nothing' does not exist"):

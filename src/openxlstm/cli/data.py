@@ -14,6 +14,7 @@ from openxlstm.checkpoint import Tokenizer, byte_tokenizer, train_bpe
 from openxlstm.checkpoint.hub import locate_tokenizer
 from openxlstm.cli.options import parse
 from openxlstm.data import Source, as_source, open_corpus, prepare, python_standard_library
+from openxlstm.data.preparation import check_output, check_workers
 
 EXAMPLES = """\
   openxlstm data novels/ --output data/novels                        (a directory of text files)
@@ -47,7 +48,8 @@ class DataOptions:
     patterns: tuple[str, ...] = ("**/*",)
     """Which files of directories to read."""
     separator: str | None = None
-    """Text between the documents of text files; without it they are divided at blank lines."""
+    """Text between the documents of text files; without it they are divided at blank lines. The files of a
+    directory and the lines of JSON Lines are documents already, so it does not go with them."""
     validation_fraction: float = 0.05
     """Part of the text to hold out, by document."""
     workers: int | None = None
@@ -59,6 +61,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(DataOptions, arguments, command="data", examples=EXAMPLES)
     if options.output is None:
         raise ValueError("name a directory to write with --output DIRECTORY; see `openxlstm data --help`")
+    if options.tokenizer is None and options.vocab_size < 257:
+        raise ValueError(
+            f"--vocab-size must be at least 257 (256 bytes, end of text), got {options.vocab_size}"
+        )
+    if options.separator is not None and options.standard_library:
+        raise ValueError("--separator divides text files, it does not go with --standard-library")
+    check_workers(options.workers)
     sources: list[Source] = [
         as_source(path, text_field=options.text_field, patterns=options.patterns, separator=options.separator)
         for path in options.sources
@@ -67,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         sources.append(python_standard_library())
     if not sources:
         raise ValueError("name some text: files, directories, or --standard-library")
+    check_output(options.output, sources)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     progress = sys.stderr.isatty()
     corpus = open_corpus(sources, validation_fraction=options.validation_fraction, progress=progress)

@@ -178,7 +178,8 @@ def _threshold(hashes: np.ndarray, sizes: np.ndarray, fraction: float) -> int:
     if len(distinct) < 2:
         raise ValueError(
             "the corpus is a single document, so none can be held out for validation; give more documents "
-            "(or a separator that divides the text), validation sources, or validation_fraction=0"
+            "(or a separator that divides the text), or hold nothing out: validation_fraction=0, on the "
+            "command line --validation-fraction 0"
         )
     below = np.cumsum(np.bincount(place, weights=sizes.astype(np.float64)))  # bytes, exact in float64
     taken = int(np.argmin(np.abs(below[:-1] - fraction * below[-1]))) + 1

@@ -8,7 +8,9 @@ interruptions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from openxlstm.data.shards import (
     TokenizerInfo,
     shard_paths,
 )
-from openxlstm.data.sources import FileTree
+from openxlstm.data.sources import FileTree, Source
 from openxlstm.data.workers import default_workers, encode_documents
 
 
@@ -72,8 +74,7 @@ def prepare(
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    check_workers(workers)
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer has no end-of-text token to separate documents; name one as its eos")
     if isinstance(sources, Corpus):
@@ -89,7 +90,7 @@ def prepare(
             progress=progress,
         )
     output = Path(output)
-    _refuse_output_inside(corpus, output)
+    check_output(output, (*corpus.sources, *corpus.validation_sources))
     manifest = _begin(
         output, Manifest(_describe_tokenizer(tokenizer), _describe_corpus(corpus), shard_tokens)
     )
@@ -158,19 +159,49 @@ def _after_finished(corpus: Corpus, finished: dict[str, int]) -> Iterator[Corpus
 # ---------------------------------------------------------------------- the directory
 
 
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of processes below one.
+
+    Raises:
+        ValueError: as said.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+
+
+def check_output(output: str | Path, sources: Iterable[Source]) -> None:
+    """Refuse a directory that :func:`prepare` could not write ``sources`` to. Changes nothing.
+
+    Raises:
+        NotADirectoryError: it is a file, or below one.
+        PermissionError: it may not be written.
+        ValueError: it lies inside of a source, or holds something else.
+    """
+    output = Path(output)
+    _refuse_output_inside(sources, output)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"'{existing}' is a file; name a directory for the prepared data")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"'{existing}' is not writable; choose another directory")
+    if existing is not output:
+        return
+    if (output / MANIFEST).exists():
+        Manifest.read(output)
+        return
+    foreign = sorted(path.name for path in output.iterdir() if not _TEMPORARY_MANIFEST.fullmatch(path.name))
+    if foreign:
+        raise ValueError(
+            f"'{output}' already holds other files ({', '.join(foreign[:3])}); choose a new directory"
+        )
+
+
 def _begin(output: Path, wanted: Manifest) -> Manifest:
     """Make ``output`` ready: start it, or check that what it holds belongs to ``wanted`` and return that."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"'{output}' is a file; name a directory for the prepared data")
     if not (output / MANIFEST).exists():
         output.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in output.iterdir() if not _is_temporary(path))
-        if foreign:
-            raise ValueError(
-                f"'{output}' already holds other files ({', '.join(foreign[:3])}); choose a new directory"
-            )
-        _remove_temporary(output)
         wanted.write(output)
+        _remove_temporary(output)
         return wanted
     found = Manifest.read(output)
     if changed := _differences(found, wanted):
@@ -186,15 +217,18 @@ def _begin(output: Path, wanted: Manifest) -> Manifest:
     return found
 
 
+_TEMPORARY_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.\d+\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(tokenizer(_config)?\.json|manifest\.json|(train|validation)-\d+\.(tokens|ends)\.bin)\.\d+\.tmp"
+)
+"""Names under which a killed process may have left a file (see ``runtime.atomic_write_bytes``)."""
+
+
 def _remove_temporary(output: Path) -> None:
+    """Remove what a killed process left; ``output`` must hold our manifest."""
     for path in output.iterdir():
-        if _is_temporary(path):
+        if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def _is_temporary(path: Path) -> bool:
-    """Whether a killed process may have left this file."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _differences(found: Manifest, wanted: Manifest) -> list[str]:
@@ -241,9 +275,9 @@ def _describe_corpus(corpus: Corpus) -> CorpusInfo:
     )
 
 
-def _refuse_output_inside(corpus: Corpus, output: Path) -> None:
+def _refuse_output_inside(sources: Iterable[Source], output: Path) -> None:
     """The output must not become part of the corpus."""
-    for source in (*corpus.sources, *corpus.validation_sources):
+    for source in sources:
         if isinstance(source, FileTree):
             root = Path(source.path).resolve()
             if root == output.resolve() or root in output.resolve().parents:

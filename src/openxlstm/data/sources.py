@@ -79,7 +79,8 @@ class TextFile:
             ``None`` divides the file at blank lines (else line ends) into pieces of at most
             ``piece_characters``, so that there is something to hold out for validation; joined, the pieces
             are the file.
-        piece_characters: the most characters in a piece; raise it to train on longer contexts.
+        piece_characters: the most characters in a piece; raise it to train on longer contexts. ``None``:
+            16384, in smaller files a sixteenth of the file, but at least 128.
 
     Raises:
         ValueError: empty separator, or not UTF-8 when read.
@@ -87,14 +88,14 @@ class TextFile:
 
     path: str | Path
     separator: str | None = None
-    piece_characters: int = 16384
+    piece_characters: int | None = None
 
     def __post_init__(self) -> None:
         if self.separator == "":
             raise ValueError(
                 "the document separator is empty; give some text, or None to divide at line ends"
             )
-        if self.piece_characters < 1:
+        if self.piece_characters is not None and self.piece_characters < 1:
             raise ValueError(f"piece_characters must be at least 1, got {self.piece_characters}")
 
     @property
@@ -136,7 +137,8 @@ class TextFile:
             yield document
 
     def _pieces(self, text: IO[str]) -> Iterator[str]:
-        size, buffer, ended = self.piece_characters, "", False
+        buffer, ended = text.read(1 << 20), False
+        size = self.piece_characters or min(max(len(buffer) // 16, 128), 16384)
         while True:
             if len(buffer) <= size and not ended:
                 chunk = text.read(max(size, 1 << 20))
@@ -336,14 +338,22 @@ def as_source(
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
+        ValueError: a separator for what is not a text file.
     """
     if isinstance(path, Source):
         return path
     if not Path(path).exists():
         raise FileNotFoundError(f"corpus '{path}' does not exist")
-    if Path(path).is_dir():
+    is_directory, is_lines = Path(path).is_dir(), str(path).lower().endswith(JSON_LINES_SUFFIXES)
+    if separator is not None and (is_directory or is_lines):
+        raise ValueError(
+            f"a separator divides text files, but '{path}' is "
+            f"{'a directory, whose files' if is_directory else 'JSON Lines, whose lines'} are the documents; "
+            "leave the separator out"
+        )
+    if is_directory:
         return FileTree(path, patterns=tuple(patterns), text_field=text_field)
-    if str(path).lower().endswith(JSON_LINES_SUFFIXES):
+    if is_lines:
         return JSONLines(path, text_field)
     return TextFile(path, separator)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+from unittest.mock import ANY
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -290,3 +293,18 @@ def test_wrong_input_is_refused_at_once(model, bpe):
     with pytest.raises(ValueError, match="a Linear cannot generate text"):
         Generator(nn.Linear(2, 2), bpe)
     assert generator.generate([]) == []
+
+
+def test_prompts_of_ids(model, bpe):
+    generator = Generator(model, bpe)
+    expected = generator.complete([[1, 2], [3]], **GREEDY)
+    assert generator.complete((iter(ids) for ids in ([1, 2], [3])), **GREEDY) == [
+        dataclasses.replace(result, seed=ANY) for result in expected
+    ]
+    one = generator.complete(iter(np.array([1, 2])), **GREEDY)
+    assert one.tokens == expected[0].tokens
+    assert "".join(generator.stream(iter([1, 2]), **GREEDY)) == one.text
+    wrongs: list[Any] = [[1.7, 2.2], b"ab", [b"ab"], bytearray(b"ab"), 7, torch.tensor(7)]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"a prompt is a text or a list of token ids"):
+            generator.complete(wrong, **GREEDY)

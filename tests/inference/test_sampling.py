@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,3 +187,11 @@ def test_wrong_options(options, words):
 def test_one_stop_string_may_stand_alone():
     assert SamplingConfig(stop="\n").stop == ("\n",)  # pyright: ignore[reportArgumentType]
     assert SamplingConfig(stop=["a", "b"]).stop == ("a", "b")  # pyright: ignore[reportArgumentType]
+
+
+def test_whole_numbers_of_numpy() -> None:
+    config = SamplingConfig(seed=np.int64(3), max_new_tokens=np.int32(4))  # type: ignore[arg-type]
+    assert config == SamplingConfig(seed=3, max_new_tokens=4)
+    assert type(config.seed) is type(config.max_new_tokens) is int
+    with pytest.raises(ValueError, match="seed must be"):
+        SamplingConfig(seed=np.float64(3))  # type: ignore[arg-type]

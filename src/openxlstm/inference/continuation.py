@@ -7,7 +7,8 @@ stands here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -22,7 +23,7 @@ FinishReason = Literal["eos", "stop", "length"]
 """Why a text ended: the end-of-text token, a stop string, or ``max_new_tokens``."""
 
 
-def encode_prompt(tokenizer: Tokenizer | None, prompt: str | Sequence[int], bos: bool | None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer | None, prompt: str | Iterable[int], bos: bool | None) -> list[int]:
     """Token ids of a prompt.
 
     Args:
@@ -39,9 +40,13 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str | Sequence[int], bos:
             raise ValueError("there is no tokenizer: pass the prompt as token ids, or load a tokenizer")
         return tokenizer.encode(prompt, bos=bos)
     try:
-        ids = [int(token) for token in prompt]
-    except (TypeError, ValueError):
-        raise ValueError(f"a prompt is a text or a list of token ids, got {prompt!r:.80}") from None
+        if isinstance(prompt, (bytes, bytearray)):
+            raise TypeError("bytes are neither")
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(
+            f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}"
+        ) from None
     if bos:
         bos_id = None if tokenizer is None else tokenizer.bos_id
         if bos_id is None:

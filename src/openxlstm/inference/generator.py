@@ -13,7 +13,7 @@ Batches and what holds in them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -30,7 +30,7 @@ from openxlstm.state import ModelState
 if TYPE_CHECKING:
     from openxlstm.checkpoint.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int]
 """Text, or token ids."""
 
 
@@ -142,11 +142,10 @@ class Generator:
                 model does not have. Raised by the call itself, before the first piece.
         """
         config = (sampling or SamplingConfig()).updated(**options)
-        self._encode(prompt, bos, config)
-        return self._stream(prompt, config, bos)
+        return self._stream(self._encode(prompt, bos, config), config)
 
-    def _stream(self, prompt: Prompt, config: SamplingConfig, bos: bool | None) -> Iterator[str]:
-        session = self.start(prompt, config, bos=bos)
+    def _stream(self, ids: list[int], config: SamplingConfig) -> Iterator[str]:
+        session = self.start(ids, config)
         yield from session.stream()
         if rest := session.flush():
             yield rest
@@ -154,7 +153,7 @@ class Generator:
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingConfig | None = None,
         *,
         bos: bool | None = None,
@@ -163,7 +162,7 @@ class Generator:
     @overload
     def generate(
         self,
-        prompt: Sequence[Prompt],
+        prompt: Iterable[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         bos: bool | None = None,
@@ -171,7 +170,7 @@ class Generator:
     ) -> list[str]: ...
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Iterable[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         bos: bool | None = None,
@@ -186,7 +185,7 @@ class Generator:
     @overload
     def complete(  # pyright: ignore[reportOverlappingOverload]
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingConfig | None = None,
         *,
         bos: bool | None = None,
@@ -195,7 +194,7 @@ class Generator:
     @overload
     def complete(
         self,
-        prompt: Sequence[Prompt],
+        prompt: Iterable[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         bos: bool | None = None,
@@ -203,7 +202,7 @@ class Generator:
     ) -> list[GenerationResult]: ...
     def complete(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Iterable[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         bos: bool | None = None,
@@ -212,7 +211,8 @@ class Generator:
         """Continue one prompt or many.
 
         Args:
-            prompt: one text, one list of token ids, or a list of texts and lists of token ids.
+            prompt: one text, one list of token ids, or a list of texts and lists of token ids. Any iterable
+                will do for a list.
             sampling: how to choose tokens and when to end, for all prompts or for each. A seed counts for
                 every row on its own: equal prompts with equal options give equal texts, so for several
                 samples of one prompt give each its own seed (the prompt is read only once).
@@ -224,6 +224,8 @@ class Generator:
         """
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
+        elif not isinstance(prompt, (str, bytes, bytearray)) and isinstance(prompt, Iterable):
+            prompt = cast(Iterable[Prompt], list(prompt))
         single = _is_one_prompt(prompt)
         prompts = cast(Sequence[Prompt], [prompt] if single else prompt)
         if sampling is None or isinstance(sampling, SamplingConfig):
@@ -305,4 +307,4 @@ def _is_one_prompt(prompt: Any) -> bool:
         first = next(iter(prompt), None)
     except TypeError:
         raise ValueError(f"a prompt is a text or a list of token ids, got {prompt!r:.80}") from None
-    return first is not None and not isinstance(first, (str, Sequence)) and not hasattr(first, "__len__")
+    return first is not None and not isinstance(first, Iterable)

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +63,10 @@ class SamplingConfig:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if _is_int(value):
+                object.__setattr__(self, name, int(value))  # NumPy's integers become Python's
         for name in ("max_new_tokens", "top_k"):
             value = getattr(self, name)
             if not _is_int(value) or value < 0:
@@ -191,7 +197,7 @@ class Sampler:
 
     def reseed(self, seed: int | None) -> None:
         """Start the random numbers afresh from ``seed``, or from an unpredictable one."""
-        self.seed = secrets.randbelow(2**63) if seed is None else seed
+        self.seed = secrets.randbelow(2**63) if seed is None else operator.index(seed)
         self.generator.manual_seed(self.seed)
 
     def copy(self) -> Sampler:
@@ -231,4 +237,4 @@ class Sampler:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

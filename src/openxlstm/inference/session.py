@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Session:
             raise ValueError("there is no tokenizer to turn the session's tokens into text")
         return self.tokenizer.decode(self.tokens)
 
-    def feed(self, prompt: str | Sequence[int], *, bos: bool | None = None) -> None:
+    def feed(self, prompt: str | Iterable[int], *, bos: bool | None = None) -> None:
         """Read more text. What the last :meth:`stream` may have held back is dropped (see :meth:`flush`).
 
         Args:

@@ -146,12 +146,15 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not valid YAML or JSON, or not a mapping.
+        ValueError: the file is not UTF-8, not valid YAML or JSON, or not a mapping.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration file '{path}' does not exist")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"'{path}' is not UTF-8 text; convert it to UTF-8 first") from None
     try:
         if path.suffix == ".json":
             values = json.loads(text)

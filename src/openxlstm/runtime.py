@@ -166,6 +166,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def test_ill_typed_option(mistake: Callable) -> None:
 
 
 def test_missing_argument(mistake: Callable) -> None:
-    assert "RECIPE.yaml" in mistake("train", code=[2])
+    assert "openxlstm train needs RECIPE.yaml (the recipe);" in mistake("train", code=[2])
+    line = mistake("convert", code=[2])
+    assert "needs SOURCE (checkpoint directory, weight file, or hub id) and TARGET (directory" in line
 
 
 def test_help_exits_with_zero() -> None:
@@ -145,3 +148,21 @@ def test_process_exit_code() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("openxlstm: error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["data", "--help"]])
+def test_output_that_cannot_be_written(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("openxlstm: error: the disk is full")
+    assert result.stderr.count("\n") == 1
+
+
+def test_output_in_a_narrow_encoding(monkeypatch: pytest.MonkeyPatch, cli: Callable) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("openxlstm.cli.doctor.run", lambda _: print("caf\u00e9", file=stdout))
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert frame.main(["doctor"]) == 0
+    assert stdout.buffer.getvalue() == b"caf?\n"  # type: ignore[attr-defined]

@@ -173,6 +173,76 @@ def test_prompt_files(mistake: Callable, model: Path, tmp_path: Path) -> None:
     assert "holds no prompts" in mistake("generate", model, "--prompts", tmp_path / "empty.txt")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert "line 2" in mistake("generate", model, "--prompts", tmp_path / "bad.jsonl")
+    (tmp_path / "number.jsonl").write_text('\n{"prompt": [1]}\n{"prompt": 5}\n')
+    line = mistake("generate", model, "--prompts", tmp_path / "number.jsonl", code=[2])
+    assert "number.jsonl' line 3" in line
+    assert "got 5" in line
+    (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
+    assert "latin.txt' is not UTF-8" in mistake("generate", model, "--prompts", tmp_path / "latin.txt")
+
+
+def test_recipe_that_is_not_utf8(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("a: na\u00efve".encode("latin-1"))
+    assert "latin.yaml' is not UTF-8" in mistake("train", tmp_path / "latin.yaml", code=[2])
+
+
+def test_state_that_cannot_be_written(mistake: Callable, cli: Callable, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "a.state"
+    assert f"there is no directory '{path.parent}'" in mistake("generate", model, "x", "--state-out", path)
+    assert "is a directory" in mistake("generate", model, "x", "--state-out", tmp_path)
+    assert cli("generate", model, "x", "--state-out", path).out == ""
+
+
+def test_context_length_of_zero(mistake: Callable, model: Path) -> None:
+    assert "at least 1, got 0" in mistake("inspect", model, "--context-length", "0", code=[2])
+
+
+def test_converting_into_a_directory_in_use(cli: Callable, mistake: Callable, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    assert "holds other files and no checkpoint" in mistake("convert", model, out, "--overwrite", code=[2])
+    (out / "thesis.tex").unlink()
+    assert cli("convert", model, out, "--to", "reference").code == 0
+    (out / "notes.md").write_text("mine")
+    assert "give --overwrite" in mistake("convert", model, out, code=[2])
+    result = cli("convert", model, out, "--to", "reference", "--overwrite")
+    assert result.code == 0
+    assert "config.yaml, model.safetensors, tokenizer.json, tokenizer_config.json\n" in result.out
+    assert "notes.md" not in result.out
+    assert (out / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--workers", "0"], "workers must be at least 1"),
+        (["--vocab-size", "9"], "--vocab-size must be at least 257"),
+        (["--output", "TMP/used"], "already holds other files (thesis.tex)"),
+        (["--output", "TMP/used/thesis.tex/out"], "is a file"),
+        (["--output", "TMP/texts/out"], "lies inside the corpus"),
+        (["--separator", "#"], "is a directory, whose files are the documents"),
+    ],
+)
+def test_data_is_refused_before_the_work(
+    mistake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], text: str
+) -> None:
+    for name in ("texts/a.txt", "used/thesis.tex"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("some text\n")
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the corpus was read")
+
+    monkeypatch.setattr("openxlstm.cli.data.open_corpus", read)
+    words = [word.replace("TMP", str(tmp_path)) for word in words]
+    assert text in mistake("data", tmp_path / "texts", "--output", tmp_path / "out", *words)
+
+
+def test_a_corpus_too_small_to_split(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a word")
+    line = mistake("data", tmp_path / "a.txt", "--output", tmp_path / "out")
+    assert "--validation-fraction 0" in line
 
 
 def test_state_of_another_model(mistake: Callable, model: Path, tmp_path: Path) -> None:
@@ -216,8 +286,9 @@ def test_full_disk_while_preparing(mistake: Callable, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("full_disk")
 def test_full_disk_while_saving_a_state(cli: Callable, model: Path, tmp_path: Path) -> None:
     words = ("generate", model, "x", "--max-new-tokens", "2", "--state-out", tmp_path / "a.state")
-    code, _, err = cli(*words)
+    code, out, err = cli(*words)
     assert code == 1
-    assert "disk is full" in err
+    assert out.endswith("\n")  # the message starts on a line of its own
+    assert f"disk is full ([Errno 28] No space left on device: '{tmp_path / 'a.state'}')" in err
     assert err.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []

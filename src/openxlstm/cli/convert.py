@@ -40,20 +40,36 @@ class ConvertOptions:
     """Numeric type to convert to: float32, bfloat16, float16."""
     max_shard_gb: float = 4.0
     """Gigabytes at which the weights are cut into several files."""
+    overwrite: bool = False
+    """Replace the checkpoint in TARGET; its other files are left alone."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(ConvertOptions, arguments, command="convert", examples=EXAMPLES)
+    target = options.target
+    if target.is_dir() and any(target.iterdir()):
+        if not any(target.glob("model*.safetensors")):
+            raise ValueError(f"'{target}' holds other files and no checkpoint; choose a new directory")
+        if not options.overwrite:
+            raise ValueError(f"'{target}' holds a checkpoint; choose a new directory, or give --overwrite")
+    before = _files(target)
     convert(
         options.source,
-        options.target,
+        target,
         to=options.to,
         weight_mode=options.weight_mode,
         slstm_layout=options.slstm_layout,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_gb * 1e9,
     )
-    files = sorted(path.name for path in options.target.iterdir() if path.is_file())
-    print(f"wrote {options.target}: {', '.join(files)}")
+    written = sorted(name for name, _ in _files(target) - before)
+    print(f"wrote {target}: {', '.join(written)}")
     return 0
+
+
+def _files(directory: Path) -> set[tuple[str, int]]:
+    """Name and identity of the files in ``directory``; one that was replaced has another identity."""
+    if not directory.is_dir():
+        return set()
+    return {(path.name, path.stat().st_ino) for path in directory.iterdir() if path.is_file()}

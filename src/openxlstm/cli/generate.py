@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from openxlstm.checkpoint import load_pretrained
 from openxlstm.cli.options import parse
 from openxlstm.cli.sampling import SamplingOptions
-from openxlstm.inference import Generator
+from openxlstm.inference import Generator, Session
 
 EXAMPLES = """\
   openxlstm generate runs/demo/model "def read(" --max-new-tokens 80
@@ -37,7 +38,8 @@ class GenerateOptions(SamplingOptions):
     prompt: Annotated[str | None, Positional, arg(metavar="[PROMPT]")] = None
     """Text to continue; "-" reads it from standard input."""
     prompts: Path | None = None
-    """A file of prompts to continue as a batch: one per line, or JSON Lines with a field "prompt".
+    """A file of prompts to continue as a batch: one per line, or JSON Lines with a field "prompt"
+    that holds a text or a list of token ids.
     Prints one JSON object per prompt."""
     only_new: bool = False
     """Print only the new text, not the prompt before it."""
@@ -54,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(
             "--prompts goes with neither a prompt on the command line nor --state-in/--state-out"
         )
+    if options.state_out is not None:
+        _check_writable(options.state_out)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     model, tokenizer = load_pretrained(options.model, dtype=options.dtype, device=options.device)
     if tokenizer is None:
@@ -68,17 +72,34 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--state-out '{path}' is a directory; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--state-out '{path}': there is no directory '{path.parent}'; make it first")
+
+
 def _stream(generator: Generator, options: GenerateOptions) -> None:
     """One prompt, or the rest of a saved state, piece by piece."""
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _read_standard_input() if options.prompt == "-" else options.prompt
     if options.state_in is not None:
         session = generator.resume(options.state_in)
         if prompt:
             session.feed(prompt)
     else:
         session = generator.start(prompt or "", **options.given())
-    if prompt and not options.only_new:
-        print(prompt, end="", flush=True)
+    try:
+        _write(session, "" if options.only_new else prompt or "", options)
+    except Exception:
+        with contextlib.suppress(OSError):
+            print(flush=True)  # so that the message does not continue the text
+        raise
+
+
+def _write(session: Session, prompt: str, options: GenerateOptions) -> None:
+    """Print ``prompt`` and what the session writes after it; save the state if that was asked for."""
+    print(prompt, end="", flush=True)
     for piece in session.stream(**options.given()):
         print(piece, end="", flush=True)
     if options.state_out is None:
@@ -88,24 +109,39 @@ def _stream(generator: Generator, options: GenerateOptions) -> None:
         print(flush=True)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file: lines, or the ``prompt`` fields of JSON Lines.
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text on standard input is not {error.encoding.upper()}; convert it") from None
+
+
+def read_prompts(path: Path) -> list[str | list[int]]:
+    """The prompts in a file: lines, or the ``prompt`` fields of JSON Lines. Blank lines are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no prompts, or a line that is not JSON with a prompt.
+        ValueError: not UTF-8, no prompts, or a line that is not JSON with a prompt; names file and line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"prompt file '{path}' does not exist")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"'{path}' is not UTF-8 text; convert it to UTF-8 first") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"'{path}' holds no prompts")
     if path.suffix not in (".jsonl", ".ndjson"):
-        return lines
-    prompts: list[str] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"'{path}' line {number} is not a JSON object with a field \"prompt\"") from None
-    return prompts
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"'{path}' line {number}") for number, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str | list[int]:
+    try:
+        prompt: Any = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{where} is not a JSON object with a field "prompt"') from None
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
+        raise ValueError(f'{where}: "prompt" must be a text or a list of token ids, got {prompt!r:.80}')
+    return prompt

@@ -30,6 +30,8 @@ class InspectOptions:
 def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(InspectOptions, arguments, command="inspect", examples=EXAMPLES)
+    if options.context_length < 1:
+        raise ValueError(f"--context-length must be at least 1, got {options.context_length}")
     from openxlstm.models import build_config, parameter_count, state_bytes, training_flops_per_token
 
     path = Path(options.model)

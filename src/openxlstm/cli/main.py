@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--debug" in words:
         words.remove("--debug")
         debug = True
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    try:
+        code = _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as interruption:
+        note = str(interruption)
+        print(f"\nopenxlstm: interrupted{': ' + note if note else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has left
+        _drop_output()
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        code, line = explain_error(error)
+        print(f"openxlstm: error: {line}", file=sys.stderr)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        return code
+
+
+def _run(words: list[str]) -> int:
+    """Run one command; returns its exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:<14}  {summary}" for name, summary in COMMANDS.items())
         print(HELP.format(commands=listing))
@@ -57,26 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] in ("--version", "-V"):
         print(f"openxlstm {__version__}")
         return 0
+    if words[0] not in COMMANDS:
+        raise ValueError(_unknown_command(words[0]))
+    module = importlib.import_module(f"openxlstm.cli.{words[0]}")
     try:
-        if words[0] not in COMMANDS:
-            raise ValueError(_unknown_command(words[0]))
-        module = importlib.import_module(f"openxlstm.cli.{words[0]}")
         return module.run(words[1:]) or 0
     except SystemExit as leaving:  # from the option parser, after --help
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except KeyboardInterrupt as interruption:
-        note = str(interruption)
-        print(f"\nopenxlstm: interrupted{': ' + note if note else ''}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has left
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 1
-    except Exception as error:
-        if debug:
-            raise
-        code, line = explain_error(error)
-        print(f"openxlstm: error: {line}", file=sys.stderr)
-        return code
+
+
+def _drop_output() -> None:
+    """Forget what standard output could not take, so that Python does not try again when it ends."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def explain_error(error: Exception) -> tuple[int, str]:

@@ -3,7 +3,8 @@
     python benchmarks/slstm_cpu.py
 
 Batch 8, 512 steps, 4 heads of 64, float32. The peer is the `xlstm` package's sLSTM cell with
-`backend="vanilla"`, the only one that runs without a GPU; ours are the portable `scan` and the compiled `native`.
+`backend="vanilla"`, the only one that runs without a GPU; ours are the portable
+`scan` and the compiled `native`.
 """
 
 from __future__ import annotations

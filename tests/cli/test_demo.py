@@ -55,6 +55,14 @@ def test_the_recipe_of_the_demo_is_the_demo() -> None:
     assert recipe.train.learning_rate == demo.TRAIN["learning_rate"]
 
 
+def test_an_existing_run_is_left_alone(mistake: Callable, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert "already holds a run" in mistake("demo", "--output", tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert not (tmp_path / "data").exists()
+
+
 def test_no_steps(mistake: Callable) -> None:
     assert "--steps" in mistake("demo", "--steps", "0", code=[2])
 

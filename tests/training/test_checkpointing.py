@@ -191,3 +191,14 @@ def test_no_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
     (path / "checkpoint.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(ValueError, match=r"none of the 1 checkpoints .* has format 99"):
         store.load_latest()
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    (save(store, 20) / "state.json").unlink()
+    assert save(store, 10).is_dir()
+    assert names(tmp_path) == ["step_00000010"]
+    store.keep = 2
+    (save(store, 30) / "state.json").unlink()
+    save(store, 15)
+    assert names(tmp_path) == ["step_00000010", "step_00000015"]

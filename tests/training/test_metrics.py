@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from openxlstm.models import build_model
+from openxlstm.training import metrics
 from openxlstm.training.metrics import (
     Speedometer,
     bits_per_byte,
@@ -57,3 +58,21 @@ def test_speed_bound_of_a_model() -> None:
     assert meter.flops_per_token is not None
     assert meter.peak_flops is not None
     assert speedometer(torch.nn.Linear(2, 2), 64, None, torch.device("cpu")).flops_per_token is None
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_bound_is_of_the_dtype_that_runs(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
+) -> None:
+    def measure(dtype: torch.dtype, _: torch.device) -> float:
+        measured.append(dtype)
+        raise RuntimeError("no such product")
+
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(metrics, "has_fast_bfloat16", lambda _: fast)
+    monkeypatch.setattr(metrics, "measure_peak_flops", measure)
+    fields = {"model_type": "xlstm_large", "num_heads": 2, "embedding_dim": 16, "num_blocks": 2}
+    model = build_model({**fields, "vocab_size": 11})
+    meter = speedometer(model, 64, torch.bfloat16, torch.device("cpu"))
+    assert measured == [dtype]
+    assert meter.peak_flops is None

@@ -86,8 +86,10 @@ def run(arguments: Sequence[str]) -> int:
     from openxlstm.data import as_source, open_corpus, prepare, python_standard_library
     from openxlstm.models import parameter_count
     from openxlstm.plots import plot_loss_curve
-    from openxlstm.training import read_log
+    from openxlstm.training import read_log, refuse_existing_run
 
+    hint = f"go on with `{shlex.join(['openxlstm', 'train', str(output / 'recipe.yaml'), '--resume'])}`"
+    refuse_existing_run(output, hint)
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     source = python_standard_library() if options.corpus is None else as_source(options.corpus)
     _heading(f"1/4  text: {source.name}")
@@ -119,13 +121,11 @@ def run(arguments: Sequence[str]) -> int:
             "prompts": list(PROMPTS),
         }
     )
-    resume = shlex.join(["openxlstm", "train", str(output / "recipe.yaml"), "--resume"])
-    trainer, recipe = build_trainer(recipe, resume_hint=f"go on with `{resume}`")
-    recipe.write(output / "recipe.yaml")
+    trainer, recipe = build_trainer(recipe, resume_hint=hint)
     tokens = options.steps * recipe.train.batch_size * recipe.data.context_length
     count = parameter_count(trainer.model.config)  # pyright: ignore[reportArgumentType]
     _heading(f"3/4  training: {count:,} parameters, {options.steps} steps, {tokens:,} tokens")
-    result = trainer.fit()
+    result = trainer.fit(on_start=lambda: recipe.write(output / "recipe.yaml"))
     records = read_log(output / "log.jsonl")
     picture = _draw(plot_loss_curve, output, baselines)
     print(curve_table(records, baselines))

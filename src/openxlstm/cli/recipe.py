@@ -129,9 +129,14 @@ def make_recipe(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             target[last] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ValueError(f"--{name}: cannot read the value {text!r}; write it as in YAML") from None
+        if isinstance(target[last], int) and ":" in text:  # YAML 1.1 counts in sixties
+            raise ValueError(
+                f"--{name}: YAML reads {text} as {target[last]}; quote it: --{name} '\"{text}\"'"
+            )
     recipe = config_from_dict(Recipe, values)
-    with_vocabulary = {"vocab_size": 2, **recipe.model}
-    build_config(with_vocabulary)  # so that a wrong field is found before any data is read
+    size = recipe.model.get("vocab_size")
+    with_vocabulary = {**recipe.model, "vocab_size": 2 if size is None else size}
+    build_config(with_vocabulary, where="model.")  # so that a wrong field is found before any data is read
     return recipe
 
 
@@ -139,7 +144,8 @@ def build_trainer(recipe: Recipe, *, resume_hint: str) -> tuple[Trainer, Recipe]
     """The trainer of a recipe, with a freshly initialised model.
 
     Returns:
-        the trainer, and the recipe with what was filled in (``model.vocab_size``).
+        the trainer, and the recipe with what was filled in (``model.vocab_size``) and an absolute data path,
+        so that a run can be resumed from anywhere.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -150,9 +156,10 @@ def build_trainer(recipe: Recipe, *, resume_hint: str) -> tuple[Trainer, Recipe]
             "the recipe names no data; prepare some with `openxlstm data` and give --data.path DIRECTORY"
         )
     dataset = TokenDataset.open(recipe.data.path)
+    recipe = replace(recipe, data=replace(recipe.data, path=recipe.data.path.absolute()))
     if recipe.model.get("vocab_size") is None:
         recipe = replace(recipe, model={**recipe.model, "vocab_size": dataset.vocab_size})
-    config = build_config(recipe.model)
+    config = build_config(recipe.model, where="model.")
     train = recipe.train
     loader = PackedLoader(
         dataset,
@@ -172,6 +179,7 @@ def build_trainer(recipe: Recipe, *, resume_hint: str) -> tuple[Trainer, Recipe]
         sampler(tokenizer, recipe.prompts, train.seed),
         resume_hint=resume_hint,
     )
+    trainer.check()
     return trainer, recipe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -53,22 +53,30 @@ def run(arguments: Sequence[str]) -> int:
     wants_help = bool({"-h", "--help"} & set(rest))
     options = parse(_Help if wants_help else TrainOptions, rest, command="train", examples=EXAMPLES)
     recipe = read_recipe(options.recipe, overrides)
+    if options.resume and "train.output" not in overrides:
+        recipe = in_its_run(recipe, options.recipe.parent)
     output = recipe.train.output
     again = shlex.join(["openxlstm", "train", str(output / "recipe.yaml"), "--resume"])
     trainer, recipe = build_trainer(recipe, resume_hint=f"resume with `{again}`")
     if options.check:
         print(describe(trainer, recipe))
         return 0
-    if trainer.checkpoints.latest() is None:  # else fit refuses, or resumes what is there
-        recipe.write(output / "recipe.yaml")
-    result = trainer.fit(resume=options.resume)
-    recipe.write(output / "recipe.yaml")
+    if options.resume and not trainer.checkpoints.paths():
+        raise FileNotFoundError(f"'{output}' holds no checkpoint to resume; train without --resume first")
+    result = trainer.fit(resume=options.resume, on_start=lambda: recipe.write(output / "recipe.yaml"))
     line = f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s"
     if result.bits_per_byte is not None:
         line += f"; {result.bits_per_byte:.3f} bits per byte on held-out text"
     print(f"{line}\nmodel: {result.model_directory}    curve: {output / 'loss.png'}")
     print(f"try:   openxlstm generate {result.model_directory} 'your prompt'")
     return 0
+
+
+def in_its_run(recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with ``directory``, where its file lies, as output, if that is the directory of a run."""
+    if not (directory / "checkpoints").is_dir() and not (directory / "log.jsonl").is_file():
+        return recipe
+    return replace(recipe, train=replace(recipe.train, output=directory))
 
 
 def describe(trainer: object, recipe: Recipe) -> str:

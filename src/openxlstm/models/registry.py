@@ -19,8 +19,12 @@ MODEL_TYPES: dict[str, tuple[type[Any], type[LanguageModel]]] = {
 """Name of a model type -> its configuration class and model class."""
 
 
-def build_config(values: Mapping[str, Any]) -> ModelConfig:
+def build_config(values: Mapping[str, Any], *, where: str = "") -> ModelConfig:
     """Build a model configuration from a mapping with a ``model_type`` entry.
+
+    Args:
+        values: ``model_type`` and the fields of its configuration.
+        where: prefix of field names in messages, such as ``"model."``.
 
     Raises:
         ValueError: no or unknown ``model_type``, or fields that don't fit it.
@@ -29,8 +33,10 @@ def build_config(values: Mapping[str, Any]) -> ModelConfig:
     model_type = values.pop("model_type", None)
     if model_type not in MODEL_TYPES:
         hint = nearest_name(str(model_type), MODEL_TYPES)
-        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}.{hint}")
-    return config_from_dict(MODEL_TYPES[model_type][0], values)
+        raise ValueError(
+            f"{where}model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}.{hint}"
+        )
+    return config_from_dict(MODEL_TYPES[model_type][0], values, where=where)
 
 
 def build_model(config: ModelConfig | Mapping[str, Any]) -> LanguageModel:

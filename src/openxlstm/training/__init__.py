@@ -4,6 +4,7 @@ from openxlstm.training.checkpointing import Checkpoint, CheckpointStore
 from openxlstm.training.config import TrainerConfig
 from openxlstm.training.interruption import TrainingInterrupted
 from openxlstm.training.logging import read_log
+from openxlstm.training.resumption import refuse_existing_run
 from openxlstm.training.schedules import learning_rate, schedule_factor
 from openxlstm.training.trainer import NonFiniteLossError, Trainer, TrainingResult
 
@@ -17,5 +18,6 @@ __all__ = [
     "TrainingResult",
     "learning_rate",
     "read_log",
+    "refuse_existing_run",
     "schedule_factor",
 ]

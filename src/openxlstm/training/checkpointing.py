@@ -120,7 +120,7 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._delete_old()
+        self._delete_old(path)
         return path
 
     def load(self, path: Path) -> Checkpoint:
@@ -175,10 +175,17 @@ class CheckpointStore:
         sync_directory(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, written: Path) -> None:
+        """Keep ``written`` and the latest whole ones; damaged ones go, as soon as enough others are there."""
         if not self.keep:
             return
-        for path in self.paths()[: -self.keep]:
+        whole = [path for path in self.paths() if _defect(path) is None and path != written] + [written]
+        if len(whole) < self.keep:
+            return
+        kept = whole[-self.keep :]
+        for path in self.paths():
+            if path in kept:
+                continue
             doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             os.rename(path, doomed)  # never leave a checkpoint half deleted under its own name
             shutil.rmtree(doomed, ignore_errors=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openxlstm.models import accounting
-from openxlstm.runtime import measure_peak_flops
+from openxlstm.runtime import has_fast_bfloat16, measure_peak_flops
 
 IGNORED = -100
 """Target of positions that do not count: padding, the last token of a document."""
@@ -91,11 +91,17 @@ def speedometer(
 ) -> Speedometer:
     """A :class:`Speedometer` for ``model`` whose bound is this machine's measured matrix-product rate.
 
-    A model that the accounting does not know gets tokens per second only.
+    The bound is that of the dtype the products run in: bfloat16 runs as float32 where it is not fast. A model
+    that the accounting does not know, or a failing measurement, gives tokens per second only.
     """
     try:
         flops = float(accounting.training_flops_per_token(model.config, context_length))  # pyright: ignore
     except (ValueError, TypeError, AttributeError):
         return Speedometer()
     dtype = autocast_dtype or next(model.parameters()).dtype
-    return Speedometer(flops, measure_peak_flops(dtype, device))
+    if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
+        dtype = torch.float32
+    try:
+        return Speedometer(flops, measure_peak_flops(dtype, device))
+    except (RuntimeError, ValueError):  # a measurement is no reason to stop a run
+        return Speedometer()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from openxlstm.config import config_to_dict
 from openxlstm.models import model_type_of
-from openxlstm.training.checkpointing import Checkpoint
+from openxlstm.training.checkpointing import Checkpoint, CheckpointStore
 from openxlstm.training.config import TrainerConfig
+from openxlstm.training.logging import read_log
 
 FIXED = ("batch_size", "seed")
 """Settings that decide which tokens a step sees; a resumed run must keep them."""
@@ -28,6 +30,27 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     except ValueError:
         kind = {"class": type(model).__name__}
     return json.loads(json.dumps({**kind, **values}))
+
+
+def refuse_existing_run(output: Path, resume_hint: str) -> None:
+    """Make sure that a new run in ``output`` overwrites no other.
+
+    Raises:
+        FileExistsError: there are checkpoints, a trained model, or a log with training steps.
+    """
+    checkpoints = CheckpointStore(output / "checkpoints").paths()
+    if checkpoints:
+        raise FileExistsError(
+            f"'{output}' already holds a run, up to checkpoint '{checkpoints[-1].name}': "
+            f"{resume_hint}, or choose another output directory"
+        )
+    log = output / "log.jsonl"
+    logged = log.exists() and any(record.get("kind") == "train" for record in read_log(log))
+    if logged or (output / "model").exists():
+        raise FileExistsError(
+            f"'{output}' already holds the {'log' if logged else 'model'} of a run without checkpoints: "
+            "choose another output directory, or move it away"
+        )
 
 
 def check_continuation(checkpoint: Checkpoint, model: nn.Module, config: TrainerConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ What must hold:
 * Resuming is exact: parameters, moments, generators, data position and log continue as if nothing had been.
 * The batch of a step depends on the step alone (``loader.batch(step, rank, world_size)``).
 * The loop knows no more about processes than ``rank`` and ``world_size``: a model that was sharded or wrapped
-  from outside is trained by the same lines.
+  from outside is trained by the same lines. Stop signals must reach every process at once. Saving from many
+  processes is not supported yet: process 0 alone writes, and of the generators only its own are saved.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from openxlstm.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from openxlstm.training.resumption import check_continuation, describe_model
+from openxlstm.training.resumption import check_continuation, describe_model, refuse_existing_run
 from openxlstm.training.schedules import learning_rate
 
 
@@ -145,27 +146,44 @@ class Trainer:
 
     # ------------------------------------------------------------------ the run
 
-    def fit(self, *, resume: bool = False) -> TrainingResult:
+    def check(self) -> None:
+        """One forward pass on one sequence, so that settings that cannot work are found before a run starts.
+
+        Raises:
+            ValueError: an unknown backend, a batch of another size, or tokens outside the vocabulary.
+        """
+        batch = self._batch(self.train_loader, 0)
+        dtype = self.autocast_dtype
+        with self._aside(), torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+            self.model(batch.tokens[:1], reset=batch.reset[:1])
+
+    def fit(self, *, resume: bool = False, on_start: Callable[[], None] = lambda: None) -> TrainingResult:
         """Train until ``config.steps`` updates are done, then save the model and draw the loss curve.
 
         Args:
             resume: continue from the latest whole checkpoint in the output directory, or from the start if
                 there is none yet. The model, the data, ``batch_size`` and ``seed`` must be those of the
                 checkpoint; every other setting may differ (longer runs, other rates) and counts from here on.
+            on_start: called in process 0 once the run is accepted, before anything is written.
 
         Raises:
-            FileExistsError: the output directory holds a run and ``resume`` is false.
+            FileExistsError: the output directory holds a run, or its model or log, and ``resume`` is false.
             ValueError: no readable checkpoint among existing ones, or one of another model or other data.
             NonFiniteLossError: loss or gradient norm became infinite or NaN.
             TrainingInterrupted: SIGINT or SIGTERM; everything is saved.
             OSError: a checkpoint could not be written; earlier ones are intact.
         """
         set_seed(self.config.seed + self.rank)
-        changed = self._restore() if resume else self._refuse_existing_run()
-        if self.rank == 0:
-            self.checkpoints.clean()
+        changed: dict[str, Any] = {}
+        if resume:
+            changed = self._restore()
+        else:
+            refuse_existing_run(self.config.output, self.resume_hint)
         context_length = self._batch(self.train_loader, self.step).tokens.shape[1]
         self.speed = speedometer(self.model, context_length, self.autocast_dtype, self.device)
+        if self.rank == 0:
+            self.checkpoints.clean()
+            on_start()
         self.log = self._open_log()
         try:
             self._record_start(changed)
@@ -294,7 +312,7 @@ class Trainer:
             progress=self.config.progress,
         )
 
-    def _record_start(self, changed: dict[str, Any] | None) -> None:
+    def _record_start(self, changed: dict[str, Any]) -> None:
         if self.step:
             if changed:
                 self.log.write("resume", self.step, {"changed": changed})
@@ -383,14 +401,6 @@ class Trainer:
             texts |= self.tokenizer.files()
         self.log.sync()
         return self.checkpoints.save(self.step, tensors, state, texts)
-
-    def _refuse_existing_run(self) -> None:
-        existing = self.checkpoints.paths()
-        if existing:
-            raise FileExistsError(
-                f"'{self.config.output}' already holds a run, up to checkpoint '{existing[-1].name}': "
-                f"{self.resume_hint}, or choose another output directory"
-            )
 
     def _restore(self) -> dict[str, Any]:
         """Continue from the latest readable checkpoint; returns the settings that differ from it."""

@@ -37,7 +37,7 @@ def test_round_trip():
     ("values", "message"),
     [
         ({"widht": 3}, "unknown field 'widht' for Outer. Did you mean 'width'"),
-        ({"width": 3, "inner": {"num_head": 1}}, "unknown field 'inner.num_head' .* 'num_heads'"),
+        ({"width": 3, "inner": {"num_head": 1}}, "unknown field 'inner.num_head' .* 'inner.num_heads'"),
         ({}, "Outer needs a value for width"),
         ({"width": "three"}, "width must be int, got 'three'"),
         ({"width": True}, "width must be int, got True"),

@@ -19,10 +19,13 @@ from typing import Any, TypeVar, get_args, get_origin
 ConfigT = TypeVar("ConfigT")
 
 
-def nearest_name(name: str, candidates: typing.Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the candidate closest to ``name``, or an empty string."""
+def nearest_name(name: str, candidates: typing.Iterable[str], prefix: str = "") -> str:
+    """Return ``" Did you mean 'x'?"`` for the candidate closest to ``name``, or an empty string.
+
+    ``prefix`` stands before the candidate in the answer, such as the section of a field.
+    """
     match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f" Did you mean '{match[0]}'?" if match else ""
+    return f" Did you mean '{prefix}{match[0]}'?" if match else ""
 
 
 def config_from_dict(
@@ -50,7 +53,7 @@ def config_from_dict(
             if ignore_unknown:
                 continue
             raise ValueError(
-                f"unknown field '{where}{name}' for {cls.__name__}.{nearest_name(str(name), fields)} "
+                f"unknown field '{where}{name}' for {cls.__name__}.{nearest_name(str(name), fields, where)} "
                 f"Valid fields: {', '.join(fields)}"
             )
         arguments[name] = _coerce(hints[name], value, f"{where}{name}", ignore_unknown)

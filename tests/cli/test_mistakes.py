@@ -54,12 +54,12 @@ def test_recipe_that_is_not_yaml(mistake: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "suggestion"),
     [
-        ("train.step", "3", "steps"),
-        ("train.learning-rat", "1e-3", "learning_rate"),
+        ("train.step", "3", "train.steps"),
+        ("train.learning-rat", "1e-3", "train.learning_rate"),
         ("trian.steps", "3", "train"),
-        ("model.embeding_dim", "32", "embedding_dim"),
-        ("model.mlstm_block.mlstm.num_head", "2", "num_heads"),
-        ("data.context_len", "8", "context_length"),
+        ("model.embeding_dim", "32", "model.embedding_dim"),
+        ("model.mlstm_block.mlstm.num_head", "2", "model.mlstm_block.mlstm.num_heads"),
+        ("data.context_len", "8", "data.context_length"),
         ("model.model_type", "xlstm_larg", "xlstm_large"),
     ],
 )

@@ -34,11 +34,6 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def count_targets(targets: Tensor) -> int:
-    """Number of positions that count."""
-    return int((targets != IGNORED).sum())
-
-
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Convert a loss to bits per byte of text.
 

@@ -154,7 +154,7 @@ def _backward(
 
     last_flow = torch.zeros(batch, heads, dtype=wide, device=q.device)
     if needs_last:
-        last_flow = _inner(work, *states[work.chunks], dc, dn).view(batch, heads)
+        last_flow = _inner(work, *states[work.chunks], dc, dn, wide)
     flow = last_flow
     for chunk in range(work.chunks - 1, -1, -1):
         chunk_flow[..., chunk] = flow
@@ -207,7 +207,7 @@ def _backward(
         row_flow[..., chunk, :length] = (outgoing - incoming).view(batch, heads, length)
         for total, part in ((dq, d_query), (dk, d_key), (dv, d_value)):
             total[:, start:end].copy_(part.view(batch, heads, length, total.shape[-1]).transpose(1, 2))
-        flow = _inner(work, c, n, dc, dn).view(batch, heads)
+        flow = _inner(work, c, n, dc, dn, wide)
 
     path_end = -last_flow if dm_last is None else dm_last.to(wide) - last_flow
     d_i, d_f, dm0 = gradients(gates, row_flow, chunk_flow, flow, di, path, path_end, i, f, sigmoid)
@@ -228,10 +228,10 @@ def _(q, k, v, i, f, c0, n0, m0, *_):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
 
 
-def _inner(work: Workspace, c: Tensor, n: Tensor, dc: Tensor, dn: Tensor) -> Tensor:
-    """<C, dC> + n . dn per head, summed in float64 where it exists."""
+def _inner(work: Workspace, c: Tensor, n: Tensor, dc: Tensor, dn: Tensor, dtype: torch.dtype) -> Tensor:
+    """<C, dC> + n . dn per head, (B, H), in the dtype of gate scalars."""
     total = torch.mul(c, dc, out=work.buffer("inner", *c.shape)).sum((1, 2))
-    return total.to(torch.float64 if c.device.type != "mps" else c.dtype) + (n * dn).sum(-1)
+    return (total.to(dtype) + (n * dn).sum(-1)).view(work.batch, work.heads)
 
 
 def _setup_context(ctx, inputs, output) -> None:

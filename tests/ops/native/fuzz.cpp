@@ -14,6 +14,7 @@ int oxl_isa_available(int isa);
 int oxl_mlstm_step(int isa, int threads, oxl::MlstmStep *args);
 int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args);
 int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args);
+int oxl_product(int isa, int threads, oxl::Product *args);
 }
 
 typedef std::vector<float> Floats;
@@ -78,6 +79,21 @@ static void rnn(Random &random, int isa) {
     oxl_rnn_backward(isa, threads, &a);
 }
 
+static void product(Random &random, int isa) {
+    oxl::Product a = {};
+    oxl::Weight &w = a.weight;
+    w.rows = 1 + random.below(70), w.columns = 1 + random.below(150), a.batch = 1 + random.below(11);
+    w.kind = static_cast<int32_t>(random.below(2));
+    const int64_t offset = random.below(3);  // weights begin anywhere in a file
+    const Floats x = random.floats(a.batch * w.columns), wide = random.floats(offset + w.rows * w.columns);
+    std::vector<uint16_t> half(wide.size());
+    for (auto &h : half) h = static_cast<uint16_t>(random.below(1 << 15));
+    Floats y(a.batch * w.rows);
+    w.data = w.kind == oxl::WEIGHT_F32 ? static_cast<const void *>(wide.data() + offset) : half.data() + offset;
+    a.x = x.data(), a.y = y.data(), a.x_stride = w.columns, a.y_stride = w.rows;
+    oxl_product(isa, 1 + static_cast<int>(random.below(3)), &a);
+}
+
 static void fuzz(unsigned seed, int rounds) {
     Random random{std::mt19937(seed)};
     for (int round = 0; round < rounds; ++round)
@@ -85,6 +101,7 @@ static void fuzz(unsigned seed, int rounds) {
             if (!oxl_isa_available(isa)) continue;
             step(random, isa);
             rnn(random, isa);
+            product(random, isa);
         }
 }
 

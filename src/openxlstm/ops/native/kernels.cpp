@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each, with OXL_ISA naming it and the compiler's flags
 // choosing it.
 #include "mlstm_step.h"
+#include "products.h"
 #include "rnn.h"
 
 #define OXL_JOIN2(a, b) a##b
@@ -8,6 +9,6 @@
 #define OXL_STRING2(a) #a
 #define OXL_STRING(a) OXL_STRING2(a)
 
-extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA);
-const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {OXL_STRING(OXL_ISA), TILE,        mlstm_step,
-                                                      pack,                rnn_forward, rnn_backward};
+extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
+    OXL_STRING(OXL_ISA), TILE, mlstm_step, pack, rnn_forward, rnn_backward, product,
+};

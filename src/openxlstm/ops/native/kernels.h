@@ -46,6 +46,27 @@ struct Rnn {
     int32_t follow_m;
 };
 
+// How the numbers of a weight matrix are kept.
+enum WeightKind : int32_t { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2, WEIGHT_INT4 = 3 };
+
+// A weight matrix (rows, columns), rows being outputs and columns inputs, row by row without gaps.
+//   INT8: one float32 scale per row.
+//   INT4: value = (nibble - 8) * scale. 32 inputs are 16 bytes, byte j holding input j in its low and input j + 16 in
+//         its high half; one bfloat16 scale per `group` (32 or 64) inputs, (rows, columns / group).
+struct Weight {
+    int32_t kind, group;
+    int64_t rows, columns;
+    const void *data, *scales;
+};
+
+// y[b][r] = sum_c weight[r][c] x[b][c]. A task computes rows_per_task rows for the whole batch.
+struct Product {
+    Weight weight;
+    const float *x;
+    float *y;
+    int64_t batch, x_stride, y_stride, rows_per_task;
+};
+
 struct Kernels {
     const char *name;
     int64_t tile;  // columns of a packed weight tile
@@ -53,6 +74,7 @@ struct Kernels {
     void (*pack)(const float *matrix, int64_t rows, int64_t columns, bool transpose, float *packed);
     void (*rnn_forward)(const Rnn &, int64_t task, float *scratch);
     void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);
+    void (*product)(const Product &, int64_t task, float *scratch);
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

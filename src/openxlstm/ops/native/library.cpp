@@ -124,3 +124,10 @@ OXL_EXPORT int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args) {
 OXL_EXPORT int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args) {
     return run_rnn(*args, *TABLE[isa], threads, true);
 }
+
+OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
+    oxl::Product a = *args;
+    const int64_t tasks = 8 * static_cast<int64_t>(threads < 1 ? 1 : threads);  // several each: some cores are slower
+    a.rows_per_task = oxl::round_up((a.weight.rows + tasks - 1) / tasks, 8);
+    return run(a, TABLE[isa]->product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
+}

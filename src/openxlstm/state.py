@@ -8,6 +8,7 @@ changes a state that was passed in.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from openxlstm.runtime import atomic_write_bytes
 
@@ -58,6 +60,17 @@ class ElmanState(NamedTuple):
     """State of an Elman network, (B, H, D)."""
 
     h: Tensor
+
+
+class KVCache(NamedTuple):
+    """State of causal attention, which grows with the text. Rows are aligned at their ends."""
+
+    k: Tensor
+    """Keys with their positions applied, (B, S, H, D), in the dtype of the computation."""
+    v: Tensor
+    """Values, (B, S, H, D)."""
+    length: Tensor
+    """int64 (B,): of the S positions of a row, the last ``length`` count; the others are ignored."""
 
 
 class LayerState(NamedTuple):
@@ -115,7 +128,8 @@ class ModelState(NamedTuple):
 
 
 _NODE_TYPES: dict[str, type] = {
-    t.__name__: t for t in (mLSTMState, sLSTMState, LSTMState, GRUState, ElmanState, LayerState, ModelState)
+    t.__name__: t
+    for t in (mLSTMState, sLSTMState, LSTMState, GRUState, ElmanState, KVCache, LayerState, ModelState)
 }
 
 
@@ -165,6 +179,8 @@ def fork(state: TreeT, copies: int) -> TreeT:
 def stack(states: Sequence[TreeT]) -> TreeT:
     """Join the batches of several states with the same tree and shapes, in order.
 
+    Caches of different lengths are filled up with zeros at their beginnings.
+
     Raises:
         ValueError: no states, or states of different models.
     """
@@ -173,6 +189,10 @@ def stack(states: Sequence[TreeT]) -> TreeT:
     described = [_describe(s) for s in states]
     if any(d != described[0] for d in described[1:]):
         raise ValueError("cannot stack states of different models: their trees differ")
+    caches = [_caches(s) for s in states]
+    longest = max((cache.k.shape[1] for cache in itertools.chain(*caches)), default=0)
+    if any(cache.k.shape[1] != longest for cache in itertools.chain(*caches)):
+        states = [_filled_up(s, longest) for s in states]
     columns = [leaves(s) for s in states]
     for column in zip(*columns, strict=True):
         shapes = {tuple(t.shape[1:]) for t in column}
@@ -180,6 +200,26 @@ def stack(states: Sequence[TreeT]) -> TreeT:
             raise ValueError(f"cannot stack states of different models: leaf shapes {sorted(shapes)} differ")
     joined = iter([torch.cat(column) for column in zip(*columns, strict=True)])
     return map_state(lambda _: next(joined), states[0])
+
+
+def _caches(state: Any) -> list[KVCache]:
+    """All caches of the tree, in order."""
+    if isinstance(state, Tensor):
+        return []
+    if isinstance(state, KVCache):
+        return [state]
+    return [cache for part in state for cache in _caches(part)]
+
+
+def _filled_up(state: Any, size: int) -> Any:
+    """The same tree with ``size`` positions in every cache."""
+    if isinstance(state, Tensor):
+        return state
+    if isinstance(state, KVCache):
+        missing = (0, 0, 0, 0, size - state.k.shape[1], 0)
+        return KVCache(pad(state.k, missing), pad(state.v, missing), state.length)
+    parts = [_filled_up(part, size) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
 
 def detach(state: TreeT) -> TreeT:

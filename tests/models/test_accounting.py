@@ -10,6 +10,7 @@ import torch
 
 from openxlstm.models import (
     FeedForwardConfig,
+    TransformerLMConfig,
     build_model,
     mLSTMBlockConfig,
     mLSTMLayerConfig,
@@ -50,6 +51,20 @@ CONFIGS = [
         slstm_block=sLSTMBlockConfig(sLSTMLayerConfig(function="lstm"), None), vocab_size=10, embedding_dim=16
     ),
 ]
+
+
+TRANSFORMERS = [
+    TransformerLMConfig(48, 4, 3, 40),
+    TransformerLMConfig(48, 4, 1, 40, num_kv_heads=2, tie_weights=True, ffn_dim=50),
+]
+
+
+@pytest.mark.parametrize("config", TRANSFORMERS)
+def test_counts_of_the_transformer_equal_the_module(config):
+    model = build_model(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    state = model.read(torch.zeros(3, 7, dtype=torch.long))
+    assert state_bytes(config, 3, 7) == sum(t.numel() * t.element_size() for t in leaves(state))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from openxlstm.models import (
     MODEL_TYPES,
     FeedForwardConfig,
+    TransformerLMConfig,
     build_model,
     mLSTMBlockConfig,
     mLSTMLayerConfig,
@@ -24,8 +25,9 @@ from openxlstm.models import (
     xLSTMLargeConfig,
     xLSTMLMModelConfig,
 )
+from openxlstm.models.language_model import state_layout
 from openxlstm.ops import dispatch
-from openxlstm.state import ModelState, leaves
+from openxlstm.state import KVCache, ModelState, leaves
 
 VOCABULARY = 40
 CONFIGS = {
@@ -48,6 +50,8 @@ CONFIGS = {
     ),
     "large": xLSTMLargeConfig(16, 2, 2, 40),
     "large fused": xLSTMLargeConfig(16, 2, 1, 40, weight_mode="fused", use_bias=True, qk_dim_factor=1.0),
+    "transformer": TransformerLMConfig(16, 4, 2, 40),
+    "transformer grouped": TransformerLMConfig(16, 4, 1, 40, num_kv_heads=2, tie_weights=True, ffn_dim=20),
 }
 
 
@@ -62,6 +66,11 @@ def model(request):
     return model
 
 
+def recurrent_leaves(state):
+    """Leaves that must be float32 whatever the model is: all but caches of keys and values."""
+    return [leaf for block in state.blocks if not isinstance(block, KVCache) for leaf in leaves(block)]
+
+
 def tokens(batch, time):
     return torch.randint(VOCABULARY, (batch, time))
 
@@ -70,6 +79,7 @@ def test_every_registered_model_trains_a_step():
     configs = {
         "xlstm_lm": {"vocab_size": 40, "embedding_dim": 16, "num_blocks": 2, "slstm_at": [1]},
         "xlstm_large": {"embedding_dim": 16, "num_heads": 2, "num_blocks": 2, "vocab_size": 40},
+        "transformer_lm": {"embedding_dim": 16, "num_heads": 2, "num_blocks": 2, "vocab_size": 40},
     }
     assert configs.keys() == MODEL_TYPES.keys()
     for name, fields in configs.items():
@@ -125,8 +135,7 @@ def test_states_are_values(model):
     for a, b in zip(leaves(state), leaves(before), strict=True):
         assert torch.equal(a, b)
     assert all(not leaf.any() for leaf in leaves(model.initial_state(2)))
-    shapes = [[leaf.shape for leaf in leaves(s)] for s in (state, model.initial_state(2))]
-    assert shapes[0] == shapes[1]
+    assert state_layout(state) == state_layout(model.initial_state(2))
 
 
 def test_gradient_through_the_state(model):
@@ -212,11 +221,11 @@ def test_bfloat16_keeps_float32_states_and_logits(model):
     model = model.bfloat16()
     logits, state = model(tokens(2, 5), return_state=True)
     assert logits.dtype == torch.float32
-    assert all(leaf.dtype == torch.float32 for leaf in leaves(state))
+    assert all(leaf.dtype == torch.float32 for leaf in recurrent_leaves(state))
     logits, state = model.step(tokens(2, 1), state)
     assert logits.dtype == torch.float32
-    assert all(leaf.dtype == torch.float32 for leaf in leaves(state))
-    assert all(leaf.dtype == torch.float32 for leaf in leaves(model.initial_state(2)))
+    assert all(leaf.dtype == torch.float32 for leaf in recurrent_leaves(state))
+    assert all(leaf.dtype == torch.float32 for leaf in recurrent_leaves(model.initial_state(2)))
 
 
 def test_autocast(model):
@@ -225,7 +234,7 @@ def test_autocast(model):
     with torch.autocast("cpu", torch.bfloat16):
         logits, state = model(x, return_state=True)
     assert logits.dtype == torch.float32
-    assert all(leaf.dtype == torch.float32 for leaf in leaves(state))
+    assert all(leaf.dtype == torch.float32 for leaf in recurrent_leaves(state))
     torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

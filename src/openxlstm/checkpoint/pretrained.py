@@ -87,7 +87,7 @@ def save_pretrained(
     """Save a model, whole or not at all.
 
     Args:
-        model: an ``xLSTMLarge``, ``xLSTMLMModel`` or ``xLSTMBlockStack``.
+        model: an ``xLSTMLarge``, ``xLSTMLMModel``, ``TransformerLM`` or ``xLSTMBlockStack``.
         directory: target, made if missing. An older checkpoint there is replaced, other files stay.
         tokenizer: saved beside the model.
         layout: ``"huggingface"`` (``transformers`` loads it; only ``xLSTMLarge``), ``"reference"`` (that of
@@ -190,6 +190,8 @@ def write_checkpoint(
             f"the huggingface layout holds xLSTMLarge models only, this is an '{checkpoint.model_type}'; "
             "choose reference or openxlstm"
         )
+    if layout == "reference" and checkpoint.model_type == "transformer_lm":
+        raise ValueError("the reference package has no Transformer; choose the openxlstm layout")
     weights = _with_aliases(checkpoint)
     if weight_mode == "fused":
         weights = layouts.fuse(weights)

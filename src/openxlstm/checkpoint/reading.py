@@ -82,12 +82,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"'{path}' holds a model of type '{model_type}', which is not an xLSTM")
     weights = layouts.strip_wrappers(open_weights(path))
     where = f"'{path}'"
-    kind = _kind(weights, where)
+    kind = "transformer" if model_type == "transformer_lm" else _kind(weights, where)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
 
     if kind == "large":
         weights = layouts.large_from_hf(layouts.split_fused(weights))
-    else:
+    elif kind == "stack":
         weights = layouts.slstm_to(weights, "vanilla")
     if model_type in CHECKPOINT_TYPES:
         fields = {name: value for name, value in declared.items() if name != "model_type"}

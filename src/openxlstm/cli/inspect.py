@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(InspectOptions, arguments, command="inspect", examples=EXAMPLES)
     if options.context_length < 1:
         raise ValueError(f"--context-length must be at least 1, got {options.context_length}")
-    from openxlstm.models import build_config, parameter_count, state_bytes, training_flops_per_token
+    from openxlstm.models import build_config, parameter_count, training_flops_per_token
 
     path = Path(options.model)
     tokenizer: Any = None
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     count = parameter_count(config)
     rows = [("model", kind), ("stored", stored), ("parameters", f"{count:,}")]
     rows.append(("weights", f"{count * 4 / 2**20:,.1f} MiB in float32, {count * 2 / 2**20:,.1f} in bfloat16"))
-    rows.append(("state", f"{state_bytes(config) / 2**20:,.2f} MiB per sequence, of any length"))
+    rows.append(("state", _state(config, options.context_length)))
     if hasattr(config, "vocab_size"):
         flops = training_flops_per_token(config, options.context_length)
         rows.append(("training", f"{flops / 1e6:,.1f} MFLOP per token at {options.context_length} tokens"))
@@ -62,6 +62,15 @@ def run(arguments: Sequence[str]) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     return 0
+
+
+def _state(config: Any, context_length: int) -> str:
+    from openxlstm.models import state_bytes
+
+    size = state_bytes(config, context_length=context_length) / 2**20
+    if state_bytes(config, context_length=context_length) == state_bytes(config, context_length=1):
+        return f"{size:,.2f} MiB per sequence, of any length"
+    return f"{size:,.2f} MiB per sequence of {context_length} tokens in float32, growing with the text"
 
 
 def _short(value: Any) -> str:

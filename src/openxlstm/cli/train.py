@@ -90,7 +90,8 @@ def describe(trainer: object, recipe: Recipe) -> str:
     flops = training_flops_per_token(config, recipe.data.context_length)
     lines = [
         f"model       {recipe.model['model_type']}, {parameter_count(config):,} parameters, "
-        f"{state_bytes(config) / 2**20:.1f} MiB of state per sequence",
+        f"{state_bytes(config, context_length=recipe.data.context_length) / 2**20:.1f} MiB of state per "
+        "sequence",
         f"data        {len(dataset):,} tokens in {dataset.num_documents:,} documents",
         f"training    {recipe.train.steps:,} steps, {tokens:,} tokens ({tokens / len(dataset):.2f} passes), "
         f"{tokens * flops:.2e} FLOPs",

@@ -15,11 +15,14 @@ from openxlstm.models.lm_model import xLSTMLMModel, xLSTMLMModelConfig
 from openxlstm.models.pattern import slstm_positions
 from openxlstm.models.recurrent import xLSTM
 from openxlstm.models.registry import MODEL_TYPES, build_config, build_model, model_type_of
+from openxlstm.models.transformer import TransformerLM, TransformerLMConfig
 
 __all__ = [
     "MODEL_TYPES",
     "FeedForwardConfig",
     "LanguageModel",
+    "TransformerLM",
+    "TransformerLMConfig",
     "build_config",
     "build_model",
     "mLSTMBlockConfig",

@@ -14,14 +14,21 @@ from openxlstm.layers.slstm_layer import GATES, sLSTMLayerConfig
 from openxlstm.models.block_stack import xLSTMBlockStackConfig
 from openxlstm.models.large import xLSTMLargeConfig
 from openxlstm.models.lm_model import xLSTMLMModelConfig
+from openxlstm.models.transformer import TransformerLMConfig
 
 FLOAT32_BYTES = 4
 SLSTM_CELL_FLOPS = 20  # pointwise operations per cell and step: gates, stabiliser, memory, normaliser, output
 BLOCK_STACK_CHUNK_SIZE = 64  # the block stack has no such field; the study's value
 
 
-def parameter_count(config: xLSTMBlockStackConfig | xLSTMLargeConfig) -> int:
+def parameter_count(config: xLSTMBlockStackConfig | xLSTMLargeConfig | TransformerLMConfig) -> int:
     """Number of parameters of the model (tied matrices once)."""
+    if isinstance(config, TransformerLMConfig):
+        width = config.embedding_dim
+        attention = 2 * width * width + 2 * width * config.kv_heads * config.head_dim
+        block = attention + 3 * width * config.ffn_hidden_dim + 2 * width
+        matrices = 1 if config.tie_weights else 2
+        return config.num_blocks * block + width + matrices * config.vocab_size * width
     if isinstance(config, xLSTMLargeConfig):
         return _large_parameters(config)
     width = config.embedding_dim
@@ -40,7 +47,9 @@ def parameter_count(config: xLSTMBlockStackConfig | xLSTMLargeConfig) -> int:
 
 
 def training_flops_per_token(
-    config: xLSTMLMModelConfig | xLSTMLargeConfig, context_length: int, chunk_size: int | None = None
+    config: xLSTMLMModelConfig | xLSTMLargeConfig | TransformerLMConfig,
+    context_length: int,
+    chunk_size: int | None = None,
 ) -> float:
     """FLOPs of forward and backward pass per token, for sequences of ``context_length`` tokens.
 
@@ -53,11 +62,19 @@ def training_flops_per_token(
 
 
 def forward_flops(
-    config: xLSTMLMModelConfig | xLSTMLargeConfig, context_length: int, chunk_size: int | None = None
+    config: xLSTMLMModelConfig | xLSTMLargeConfig | TransformerLMConfig,
+    context_length: int,
+    chunk_size: int | None = None,
 ) -> float:
     """FLOPs of the forward pass over one sequence of ``context_length`` tokens."""
     time, width = context_length, config.embedding_dim
     logits = 2 * time * width * config.vocab_size
+    if isinstance(config, TransformerLMConfig):
+        hidden = config.ffn_hidden_dim
+        linears = 4 * time * width * (width + config.kv_heads * config.head_dim)
+        attention = time**2 * (2 * width + 2.5 * config.num_heads)  # causal half, softmax included
+        feedforward = 6 * time * width * hidden + 2 * time * hidden
+        return config.num_blocks * (linears + attention + feedforward) + logits
     if isinstance(config, xLSTMLargeConfig):
         heads, qk, v, hidden = config.num_heads, config.qk_dim, config.v_dim, config.ffn_hidden_dim
         linears = 2 * time * width * (2 * qk + v + 2 * heads) + 2 * time * width * v + time * v
@@ -102,8 +119,20 @@ def mlstm_cell_flops(time: int, heads: int, qk_dim: int, v_dim: int, chunk_size:
     return heads * (time / length) * (state + output)
 
 
-def state_bytes(config: xLSTMBlockStackConfig | xLSTMLargeConfig, batch_size: int = 1) -> int:
-    """Bytes of the recurrent state, which does not grow with the sequence (states are float32)."""
+def state_bytes(
+    config: xLSTMBlockStackConfig | xLSTMLargeConfig | TransformerLMConfig,
+    batch_size: int = 1,
+    context_length: int = 0,
+    cache_bytes: int = FLOAT32_BYTES,
+) -> int:
+    """Bytes of the state after ``context_length`` tokens.
+
+    That of a recurrent model is float32 and does not grow. A Transformer caches keys and values of
+    ``cache_bytes`` bytes each, and one int64 per row and block.
+    """
+    if isinstance(config, TransformerLMConfig):
+        cache = 2 * context_length * config.kv_heads * config.head_dim * cache_bytes
+        return batch_size * config.num_blocks * (cache + 8)
     if isinstance(config, xLSTMLargeConfig):
         k, v = config.qk_dim // config.num_heads, config.v_dim // config.num_heads
         return FLOAT32_BYTES * batch_size * config.num_blocks * config.num_heads * (k * v + k + 1)

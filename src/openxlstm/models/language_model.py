@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from openxlstm.state import ModelState, leaves
+from openxlstm.state import KVCache, ModelState, leaves
 
 
 class LanguageModel(nn.Module, abc.ABC):
@@ -97,6 +97,8 @@ def state_layout(state: Any) -> tuple[Any, ...]:
     """What states of one model have in common: ``(node type, children...)`` down to the shapes of one row."""
     if isinstance(state, Tensor):
         return tuple(state.shape[1:])
+    if isinstance(state, KVCache):  # its length is no property of the model
+        return (type(state).__name__, tuple(state.k.shape[2:]), tuple(state.v.shape[2:]))
     if not isinstance(state, tuple):
         return (type(state).__name__,)
     return (type(state).__name__, *(state_layout(part) for part in state))

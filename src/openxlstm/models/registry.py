@@ -9,12 +9,14 @@ from openxlstm.config import config_from_dict, nearest_name
 from openxlstm.models.language_model import LanguageModel
 from openxlstm.models.large import xLSTMLarge, xLSTMLargeConfig
 from openxlstm.models.lm_model import xLSTMLMModel, xLSTMLMModelConfig
+from openxlstm.models.transformer import TransformerLM, TransformerLMConfig
 
-ModelConfig = xLSTMLMModelConfig | xLSTMLargeConfig
+ModelConfig = xLSTMLMModelConfig | xLSTMLargeConfig | TransformerLMConfig
 
 MODEL_TYPES: dict[str, tuple[type[Any], type[LanguageModel]]] = {
     "xlstm_lm": (xLSTMLMModelConfig, xLSTMLMModel),
     "xlstm_large": (xLSTMLargeConfig, xLSTMLarge),
+    "transformer_lm": (TransformerLMConfig, TransformerLM),
 }
 """Name of a model type -> its configuration class and model class."""
 

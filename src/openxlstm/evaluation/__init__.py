@@ -1,0 +1,2 @@
+"""What recurrent memory can and cannot do, measured: state tracking, recall, long context, language
+modelling."""

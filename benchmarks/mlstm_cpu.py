@@ -16,12 +16,11 @@ from harness import Variant, parser, run, with_allocator
 SHAPES = {"7B-like": (1, 2048, 8, 256, 512), "1.3B-like": (4, 2048, 8, 128, 256)}
 
 
-def flops(batch: int, time: int, heads: int, qk_dim: int, v_dim: int, chunk: int = 64) -> float:
+def flops(batch: int, time: int, heads: int, qk_dim: int, v_dim: int) -> float:
     """Least work of forward and backward, counting only the causal half of a chunk's tiles."""
-    causal = (chunk + 1) / (2 * chunk)
-    forward = 4 * qk_dim * v_dim + 2 * causal * chunk * (qk_dim + v_dim)
-    backward = 8 * qk_dim * v_dim + 2 * causal * chunk * (3 * qk_dim + 2 * v_dim)
-    return batch * time * heads * (forward + backward)
+    from openxlstm.models.accounting import least_mlstm_flops
+
+    return batch * least_mlstm_flops(time, heads, qk_dim, v_dim)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, head_first: bool) -> list[torch.Tensor]:

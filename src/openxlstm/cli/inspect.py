@@ -24,7 +24,7 @@ class InspectOptions:
     model: Annotated[str, Positional, arg(metavar="MODEL|RECIPE.yaml")]
     """Checkpoint directory, hub id, or recipe."""
     context_length: int = 2048
-    """Sequence length that training FLOPs are counted for."""
+    """Tokens that training, reading a prompt and decoding are counted for."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(InspectOptions, arguments, command="inspect", examples=EXAMPLES)
     if options.context_length < 1:
         raise ValueError(f"--context-length must be at least 1, got {options.context_length}")
-    from openxlstm.models import build_config, parameter_count, training_flops_per_token
+    from openxlstm.models import build_config, parameter_count
 
     path = Path(options.model)
     tokenizer: Any = None
@@ -54,14 +54,38 @@ def run(arguments: Sequence[str]) -> int:
     rows.append(("weights", f"{count * 4 / 2**20:,.1f} MiB in float32, {count * 2 / 2**20:,.1f} in bfloat16"))
     rows.append(("state", _state(config, options.context_length)))
     if hasattr(config, "vocab_size"):
-        flops = training_flops_per_token(config, options.context_length)
-        rows.append(("training", f"{flops / 1e6:,.1f} MFLOP per token at {options.context_length} tokens"))
+        rows += _costs(config, options.context_length)
     if tokenizer is not None:
         rows.append(("tokenizer", repr(tokenizer)))
     rows += [(name, _short(value)) for name, value in config_to_dict(config).items()]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     return 0
+
+
+def _costs(config: Any, time: int) -> list[tuple[str, str]]:
+    """What training and inference cost at ``time`` tokens."""
+    from openxlstm.models.accounting import (
+        decode_cost,
+        forward_components,
+        prefill_cost,
+        training_flops_per_token,
+    )
+
+    flops = training_flops_per_token(config, time) / 1e6
+    parts = forward_components(config, time)
+    total = sum(part.total for part in parts.values())
+    shares = ", ".join(f"{name} {part.total / total:.0%}" for name, part in parts.items() if part.total)
+    read, step = prefill_cost(config, 1, time), decode_cost(config, 1, time)
+    return [
+        ("training", f"{flops:,.1f} MFLOP per token at {time} tokens"),
+        ("", shares),
+        ("prompt", f"{read.flops / 1e9:,.1f} GFLOP, {read.bytes / 2**20:,.1f} MiB moved in bfloat16"),
+        (
+            "next token",
+            f"{step.flops / 1e9:,.3f} GFLOP, {step.bytes / 2**20:,.1f} MiB moved after {time} tokens",
+        ),
+    ]
 
 
 def _state(config: Any, context_length: int) -> str:

@@ -36,6 +36,8 @@ class Backend:
     refuse: Callable[[Request], str | None]
     """Returns why the request cannot be served, or None."""
     description: str = ""
+    automatic: Callable[[Request], bool] = lambda _: True
+    """Whether ``"auto"`` may choose it for a request that it can serve."""
 
 
 _TABLE: dict[str, list[Backend]] = {}
@@ -52,12 +54,17 @@ def register(
     *,
     priority: int,
     refuse: Callable[[Request], str | None] = _serves_all,
+    automatic: Callable[[Request], bool] = lambda _: True,
     description: str = "",
 ) -> None:
     """Add a backend to an operator's table."""
     backends = _TABLE.setdefault(operator, [])
-    backends.append(Backend(name, implementation, priority, refuse, description))
+    backends.append(Backend(name, implementation, priority, refuse, description, automatic))
     backends.sort(key=lambda b: -b.priority)
+
+
+def _eligible(backend: Backend, request: Request) -> bool:
+    return backend.priority > 0 and backend.automatic(request)
 
 
 def resolve(operator: str, backend: str, request: Request) -> Backend:
@@ -69,7 +76,7 @@ def resolve(operator: str, backend: str, request: Request) -> Backend:
     backends = _TABLE[operator]
     if backend == "auto":
         for candidate in backends:
-            if candidate.priority > 0 and candidate.refuse(request) is None:
+            if _eligible(candidate, request) and candidate.refuse(request) is None:
                 return candidate
         raise ValueError(f"no backend of {operator} can serve this call:\n{explain(operator, request)}")
     for candidate in backends:
@@ -123,7 +130,7 @@ def explain(
         reason = b.refuse(request)
         if reason is not None:
             verdict = f"cannot: {reason}"
-        elif b.priority <= 0:
+        elif not _eligible(b, request):
             verdict = "can, when asked for by name"
         elif chosen:
             verdict = "can, but a preferred one is chosen"

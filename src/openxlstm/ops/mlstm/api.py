@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops import dispatch
-from openxlstm.ops.mlstm import chunkwise, native, reference
+from openxlstm.ops.gpu import support
+from openxlstm.ops.mlstm import chunkwise, native, reference, triton_backend
 from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
 from openxlstm.state import mLSTMState
 
@@ -20,6 +21,15 @@ dispatch.register(
     chunkwise.chunkwise,
     priority=10,
     description="portable PyTorch, linear in time, exact hand-written backward",
+)
+dispatch.register(
+    "mlstm",
+    "triton",
+    triton_backend.run,
+    priority=30,
+    refuse=support.refuse,
+    automatic=support.automatic,
+    description="GPU kernels, states between chunks then all chunks in parallel, exact gradients",
 )
 dispatch.register(
     "mlstm", "recurrent", reference.recurrent, priority=0, description="the definition, step by step"
@@ -151,7 +161,8 @@ def mlstm(
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is not None:
         _check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype, q.device)
-    run = dispatch.resolve("mlstm", backend, dispatch.Request(q.device, q.dtype)).implementation
+    request = dispatch.Request(q.device, q.dtype, {"head_dim": max(qk_dim, v.shape[-1])})
+    run = dispatch.resolve("mlstm", backend, request).implementation
     options = {
         "sigmoid": input_gate == "sigmoid",
         "normalize": normalize,

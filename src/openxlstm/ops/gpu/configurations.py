@@ -1,0 +1,95 @@
+"""Tile sizes of the Triton kernels per architecture: a shipped table, no tuning at run time.
+
+The first entry that fits is taken: architecture of the device, else ``default``; then the width of the
+inputs (``half``: bfloat16 and float16, ``single``: float32). Tiles are cut to the head dimensions of the call,
+so small problems pay for small tiles. docs/kernels.md explains the choices; the tables in
+tests/ops/gpu/resources hold what each entry compiles to (registers, spills, shared memory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel is cut: tile extents and the compiler's two dials."""
+
+    time: int = 64
+    """Positions per tile of columns (and of rows, where the kernel has one extent for both)."""
+    rows: int = 64
+    """Positions per tile of rows."""
+    k: int = 64
+    """Query/key dimensions per tile."""
+    v: int = 64
+    """Value dimensions per tile."""
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch options. Fused multiply-adds are asked for explicitly: Triton's default differs by version."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def cut(self, time: int, dk: int, dv: int) -> Tiles:
+        """No larger than the problem (powers of two, at least 16, which matrix instructions need)."""
+        return replace(
+            self,
+            time=min(self.time, tile_of(time)),
+            rows=min(self.rows, tile_of(time)),
+            k=min(self.k, tile_of(dk)),
+            v=min(self.v, tile_of(dv)),
+        )
+
+
+def tile_of(extent: int) -> int:
+    """Smallest tile extent (a power of two, at least 16) that covers ``extent``."""
+    return max(16, 1 << max(0, extent - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class MLSTM:
+    """Chunk lengths and tiles of the mLSTM kernels."""
+
+    forward_chunk: int = 256
+    backward_chunk: int = 64
+    states: Tiles = Tiles()
+    output: Tiles = Tiles(v=128)
+    state_gradients: Tiles = Tiles()
+    inputs: Tiles = Tiles()
+
+
+_SINGLE = MLSTM(
+    forward_chunk=128,
+    backward_chunk=32,
+    states=Tiles(time=32, stages=1),
+    output=Tiles(time=32, rows=32, k=32, stages=1),
+    state_gradients=Tiles(time=32, stages=1),
+    inputs=Tiles(time=32, k=32, v=32, stages=1),
+)
+
+MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
+    ("default", "half"): MLSTM(),
+    ("default", "single"): _SINGLE,
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Name of a device's architecture as in the tables: ``sm_90``, ``gfx942``, ...; a CPU's is ``default``."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def mlstm(device: torch.device, dtype: torch.dtype) -> MLSTM:
+    """The entry for a device and the dtype of q, k, v."""
+    width = "single" if dtype == torch.float32 else "half"
+    name = architecture(device)
+    return MLSTM_TABLE.get((name, width)) or MLSTM_TABLE["default", width]

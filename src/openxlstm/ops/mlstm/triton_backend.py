@@ -1,0 +1,325 @@
+"""Backend ``triton`` of the mLSTM: Tiled Flash Linear Attention on GPUs, exact gradients.
+
+``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does, in three launches forwards
+(gate scalars apart: states between chunks, then all chunks in parallel) and four backwards (states again, row
+scalars, state gradients, then dQ, dK and dV of each chunk from shared score tiles). Any length, any head
+dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16 or float16; gates, normaliser and
+returned states are float32, sums of gates float64. States between chunks are kept in bfloat16 for bfloat16
+inputs, else in float32.
+
+Gradients do not depend on how forward and backward choose their chunk lengths. Not twice differentiable; the
+backend ``recurrent`` is. Source: arXiv 2503.14376; derivation in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openxlstm.ops.gpu import configurations
+from openxlstm.ops.gpu.support import carried_dtype, precision, unit_stride
+from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
+
+
+class Scalars(NamedTuple):
+    """Gate scalars as the kernels take them, (B, H, N, L) contiguous unless noted."""
+
+    gates: Gates
+    rows: Tensor
+    columns: Tensor
+    segment: Tensor
+    carry_in: Tensor
+    to_state: Tensor
+    keep: Tensor
+    """(B, H, N)"""
+    floor: Tensor
+    """(B, H, T) exp(-m)"""
+
+
+def _scalars(
+    i: Tensor, f: Tensor, m0: Tensor, reset: Tensor | None, chunk_size: int, sigmoid: bool
+) -> Scalars:
+    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
+    # rows and columns relative to the row where their segment of the chunk begins: smaller numbers, and none
+    # that depends on what lies before a cut
+    cut = torch.nn.functional.pad(gates.segment, (1, -1), value=0) != gates.segment
+    begin = torch.where(cut, torch.arange(chunk_size, device=i.device), 0).cummax(-1).values
+    anchor = gates.rows.gather(-1, begin)
+    return Scalars(
+        gates,
+        (gates.rows - anchor).contiguous(),
+        (gates.columns + anchor).contiguous(),
+        gates.segment.to(torch.int32).contiguous(),
+        gates.carry_in.float().contiguous(),
+        gates.to_state.float().contiguous(),
+        gates.keep.float().contiguous(),
+        (-gates.m).exp().float().contiguous(),
+    )
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _states(
+    k: Tensor, v: Tensor, scalars: Scalars, c0: Tensor, n0: Tensor, chunk_size: int, *, last: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The state entering each chunk, (B * H, N, DK, DV) and (B * H, N, DK), and the last one."""
+    from openxlstm.ops.mlstm.triton_forward import states_kernel
+
+    batch, time, heads, dk = k.shape
+    dv, pairs = v.shape[-1], batch * heads
+    chunks = scalars.keep.shape[-1]
+    c_states = k.new_empty((pairs, chunks, dk, dv), dtype=carried_dtype(k.dtype))
+    n_states = k.new_empty((pairs, chunks, dk), dtype=torch.float32)
+    c_last, n_last = (x.new_empty(x.shape) if last else x for x in (c0, n0))
+    tiles = configurations.mlstm(k.device, k.dtype).states.cut(chunk_size, dk, dv)
+    states_kernel[(pairs, -(-dk // tiles.k), -(-dv // tiles.v))](
+        k, v, scalars.to_state, scalars.keep, c0, n0, c_states, n_states, c_last, n_last,
+        time, heads, dk, dv, chunk_size, chunks, *_strides(k, v),
+        STORE_LAST=last, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=precision(k.dtype),
+        **tiles.options,
+    )  # fmt: skip
+    return c_states, n_states, c_last, n_last
+
+
+@torch.library.custom_op("openxlstm::mlstm_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    reset: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, the last c, n, m, and (B, H, T) r and den for the backward."""
+    from openxlstm.ops.mlstm.triton_forward import output_kernel
+
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    h = v.new_empty(v.shape)
+    r, den = (c0.new_empty((batch, heads, time)) for _ in range(2))
+    if time == 0 or batch == 0 or heads == 0:
+        m = torch.zeros_like(m0) if sigmoid else m0.clone(memory_format=torch.contiguous_format)
+        return h, *(x.clone(memory_format=torch.contiguous_format) for x in (c0, n0)), m, r, den
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    config = configurations.mlstm(q.device, q.dtype)
+    length = min(chunk_size or config.forward_chunk, time)
+    scalars = _scalars(i, f, m0, reset, length, sigmoid)
+    c_states, n_states, c_last, n_last = _states(
+        k, v, scalars, c0.contiguous(), n0.contiguous(), length, last=True
+    )
+    tiles = config.output.cut(length, dk, dv)
+    chunks = scalars.keep.shape[-1]
+    grid = (-(-dv // tiles.v) * -(-length // tiles.rows) * batch * heads * chunks,)
+    output_kernel[grid](
+        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.floor,
+        c_states, n_states, h, r, den, eps, -0.5 * math.log2(dk),
+        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
+        NORMALIZE=normalize, BQ=tiles.rows, BT=tiles.time, BK=tiles.k, BV=tiles.v,
+        PRECISION=precision(q.dtype), **tiles.options,
+    )  # fmt: skip
+    if not normalize:
+        r.zero_()
+        den.fill_(1.0)
+    m = scalars.gates.m[..., -1].to(m0.dtype).clone(memory_format=torch.contiguous_format)
+    return h, c_last, n_last, m, r, den
+
+
+@_forward.register_fake
+def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
+    batch, time, heads, _ = q.shape
+    r = c0.new_empty(batch, heads, time)
+    states = (x.new_empty(x.shape) for x in (c0, n0, m0))
+    return v.new_empty(v.shape), *states, r, r.clone()
+
+
+@torch.library.custom_op("openxlstm::mlstm_triton_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    reset: Tensor | None,
+    h: Tensor,
+    c_last: Tensor,
+    n_last: Tensor,
+    r: Tensor,
+    den: Tensor,
+    dh: Tensor | None,
+    dc_last: Tensor | None,
+    dn_last: Tensor | None,
+    dm_last: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, i, f, c0, n0, m0."""
+    batch, time, heads, dk = q.shape
+    dq, dk_out, dv_out = (x.new_empty(x.shape) for x in (q, k, v))
+    dc, dn = (
+        x.new_zeros(x.shape) if d is None else d.clone(memory_format=torch.contiguous_format)
+        for x, d in ((c0, dc_last), (n0, dn_last))
+    )
+    if time == 0 or batch == 0 or heads == 0:
+        dm = m0.new_zeros(m0.shape) if dm_last is None or sigmoid else dm_last.clone()
+        return dq, dk_out, dv_out, torch.zeros_like(i), torch.zeros_like(f), dc, dn, dm
+    last_flow = m0.new_zeros(m0.shape, dtype=torch.float64)
+    if dc_last is not None:
+        last_flow = last_flow + (c_last * dc_last).sum((-2, -1), dtype=torch.float64)
+    if dn_last is not None:
+        last_flow = last_flow + (n_last * dn_last).sum(-1, dtype=torch.float64)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    dh = h.new_zeros(h.shape) if dh is None else unit_stride(dh)
+    config = configurations.mlstm(q.device, q.dtype)
+    length = min(chunk_size or config.backward_chunk, config.backward_chunk, time)
+    scalars = _scalars(i, f, m0, reset, length, sigmoid)
+    along, flow, outgoing, incoming = _matrix_gradients(
+        (q, k, v, h, dh), (c0.contiguous(), n0.contiguous(), dc, dn), (r, den), scalars,
+        (dq, dk_out, dv_out), config, length, normalize,
+    )  # fmt: skip
+    gates = scalars.gates
+    chunk_flow = torch.cat([flow[..., 1:], last_flow[..., None]], -1)
+    d_key = incoming.flatten(-2)[..., :time]
+    path = along.double() * -eps if normalize else torch.zeros_like(gates.m)
+    path_end = -last_flow if dm_last is None else dm_last.double() - last_flow
+    di, df, dm0 = gradients(
+        gates, outgoing - incoming, chunk_flow, flow[..., 0], d_key, path, path_end, i, f, sigmoid
+    )
+    return (
+        dq,
+        dk_out,
+        dv_out,
+        di.to(i.dtype).contiguous(),
+        df.to(f.dtype).contiguous(),
+        dc,
+        dn,
+        dm0.to(m0.dtype),
+    )
+
+
+def _matrix_gradients(
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    normaliser: tuple[Tensor, Tensor],
+    scalars: Scalars,
+    outputs: tuple[Tensor, ...],
+    config: configurations.MLSTM,
+    length: int,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill ``outputs`` (dq, dk, dv) and turn dc, dn of the last state into those of the first, in place.
+
+    Returns (dh . h) / den (B, H, T); <C, dC> + n . dn entering each chunk (B, H, N); and q . dq and k . dk
+    (B, H, N, L); all but the first in float64.
+    """
+    from openxlstm.ops.mlstm import triton_backward as kernels
+
+    q, k, v, h, dh = inputs
+    c0, n0, dc, dn = states
+    r, den = normaliser
+    batch, time, heads, dk = q.shape
+    dv, pairs, chunks = v.shape[-1], batch * heads, scalars.keep.shape[-1]
+    numbers = precision(q.dtype)
+    c_states, n_states, _, _ = _states(k, v, scalars, c0, n0, length, last=False)
+
+    inverse, delta, along = torch.ones_like(r), torch.zeros_like(r), torch.zeros_like(r)
+    if normalize:
+        tile = configurations.tile_of(min(time, 64))
+        kernels.rows_kernel[(pairs * -(-time // tile),)](
+            h, dh, r, den, scalars.floor, inverse, delta, along, time, heads, dv, *_strides(dh),
+            BT=tile, BV=min(64, configurations.tile_of(dv)), **configurations.Tiles().options,
+        )  # fmt: skip
+
+    tiles = config.state_gradients.cut(length, dk, dv)
+    grid = (pairs, -(-dk // tiles.k), -(-dv // tiles.v))
+    flow = r.new_empty((pairs, chunks, *grid[1:]))
+    dc_states, dn_states = torch.empty_like(c_states), torch.empty_like(n_states)
+    kernels.state_gradients_kernel[grid](
+        q, dh, scalars.carry_in, scalars.keep, inverse, delta, c_states, n_states, dc, dn,
+        dc_states, dn_states, flow, dk**-0.5, time, heads, dk, dv, length, chunks, *_strides(q, dh),
+        NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
+        **tiles.options,
+    )  # fmt: skip
+
+    tiles = config.inputs.cut(length, dk, dv)
+    parts = _parts(q.device, pairs * chunks, -(-max(dk, dv) // max(tiles.k, tiles.v)))
+    outgoing, incoming = (r.new_empty((parts, batch, heads, chunks, length)) for _ in range(2))
+    kernels.inputs_kernel[(parts * pairs * chunks,)](
+        q, k, v, dh, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.to_state,
+        inverse, delta, c_states, n_states, dc_states, dn_states, *outputs, outgoing, incoming,
+        -0.5 * math.log2(dk), time, heads, dk, dv, length, chunks, parts, *_strides(q, k, v, dh),
+        NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
+        **tiles.options,
+    )  # fmt: skip
+    return (
+        along,
+        flow.sum((-2, -1), dtype=torch.float64).view(batch, heads, chunks),
+        outgoing.sum(0, dtype=torch.float64),
+        incoming.sum(0, dtype=torch.float64),
+    )
+
+
+def _parts(device: torch.device, programs: int, most: int) -> int:
+    """Programs per chunk: more than one only while the chunks alone leave multiprocessors idle."""
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(most, processors // programs))
+
+
+@_backward.register_fake
+def _(q, k, v, i, f, c0, n0, m0, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, sigmoid, normalize, eps, chunk_size = inputs
+    h, c_last, n_last, _, r, den = output
+    ctx.save_for_backward(*tensors, h, c_last, n_last, r, den)
+    ctx.options = (sigmoid, normalize, eps, chunk_size)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dh, dc, dn, dm, _dr, _dden):
+    grads = _backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("openxlstm::mlstm_triton", _autograd, setup_context=_setup_context)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    reset: Tensor | None,
+    *,
+    sigmoid: bool,
+    normalize: bool,
+    eps: float,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mLSTM on a GPU; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
+    h, c, n, m, _, _ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, chunk_size)
+    return h, c, n, m

@@ -1,0 +1,198 @@
+"""Compile the shipped kernel configurations for a GPU that need not be here, and read off what they use.
+
+    python tests/ops/gpu/compile_kernels.py sm_90 --only mlstm-bfloat16     one JSON line per kernel
+
+Launches are recorded instead of run, so every kernel is compiled exactly as the operator would launch it on
+that architecture: same tiles, same specialisation of strides. Each target needs a process of its own (compilers
+may abort), without TRITON_INTERPRET. ``python tests/ops/gpu/compile_kernels.py --write`` compiles everything
+and rewrites the committed table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TABLE = Path(__file__).parent / "resources.json"
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes of shared memory a program may use."""
+SHOWN = ("kernel", "registers", "spills", "shared", "instructions")
+
+
+def mlstm(dtype_name: str) -> None:
+    """Training and prefill at the 7B shape."""
+    import torch
+
+    from openxlstm.ops.mlstm import triton_backend
+
+    dtype = getattr(torch, dtype_name)
+    batch, time, heads, dk, dv = 1, 512, 2, 256, 512
+    q, k = (torch.zeros(batch, time, heads, dk, dtype=dtype) for _ in range(2))
+    v = torch.zeros(batch, time, heads, dv, dtype=dtype)
+    i, f = (torch.zeros(batch, time, heads) for _ in range(2))
+    c, n, m = torch.zeros(batch, heads, dk, dv), torch.zeros(batch, heads, dk), torch.zeros(batch, heads)
+    inputs = [x.requires_grad_() for x in (q, k, v, i, f, c, n, m)]
+    h, *_ = triton_backend.run(*inputs, None, sigmoid=False, normalize=True, eps=1e-6)
+    h.sum().backward()
+
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "mlstm-bfloat16": lambda: mlstm("bfloat16"),
+    "mlstm-float16": lambda: mlstm("float16"),
+    "mlstm-float32": lambda: mlstm("float32"),
+}
+ORDINARY = ("mlstm-bfloat16",)
+"""Compiled by the ordinary tests; the others by the slow ones."""
+
+
+def compile_scenario(target: str, scenario: str) -> list[dict[str, Any]]:
+    """What every kernel of a scenario compiles to for ``target``, in order of launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from openxlstm.ops.gpu import configurations
+
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    found: dict[tuple, dict[str, Any]] = {}
+
+    def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        names = [p.name for p in kernel.params]
+        values = dict(zip(names, args, strict=False))
+        values |= {name: options.pop(name) for name in list(options) if name in names}
+        signature, constants, attributes = _specialise(kernel, values)
+        key = (kernel.fn.__name__, str(signature), str(constants), str(options))
+        if key in found:
+            return
+        source = triton.compiler.ASTSource(
+            fn=kernel, signature=signature, constexprs=constants, attrs=attributes
+        )
+        compiled = triton.compile(source, target=gpu, options=options)
+        tiles = {n: values[n] for n in names if n.isupper()}
+        found[key] = {
+            "target": target,
+            "scenario": scenario,
+            "kernel": kernel.fn.__name__,
+            "options": {**tiles, **options},
+            **_resources(compiled, target),
+        }
+
+    JITFunction.run = compile_launch
+    configurations.architecture = lambda index: target
+    SCENARIOS[scenario]()
+    return list(found.values())
+
+
+def _specialise(kernel: Any, values: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """Signature, constants and alignment attributes of a launch, as Triton's own launcher derives them."""
+    import torch
+
+    signature, constants, attributes = {}, {}, {}
+    types = {
+        torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+        torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8",
+    }  # fmt: skip
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        aligned = isinstance(value, torch.Tensor) or (special and value % 16 == 0)
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = types[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _resources(compiled: Any, target: str) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and instruction kinds."""
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
+        return {
+            "registers": number("vgpr_count"),
+            "spills": number("vgpr_spill_count"),
+            "shared": shared,
+            "instructions": {"mfma": text.count("v_mfma")},
+        }
+    tools = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = compiled.asm["ptx"]
+    kinds = {
+        "wgmma": "wgmma.mma_async",
+        "tcgen05": "tcgen05.mma",
+        "mma": "mma.sync",
+        "cp.async": "cp.async.c",
+        "bulk": "cp.async.bulk.tensor",
+    }
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spills": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "shared": shared,
+        "instructions": {name: ptx.count(text) for name, text in kinds.items() if ptx.count(text)},
+    }
+
+
+def in_process(target: str, scenario: str) -> list[dict[str, Any]]:
+    """:func:`compile_scenario` in a process of its own. Raises ``RuntimeError`` with its last words."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, __file__, target, "--only", scenario],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(
+            f"{scenario} for {target} ended with {result.returncode}:\n{result.stderr[-3000:]}"
+        )
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("target", nargs="?", choices=TARGETS)
+    p.add_argument("--only", choices=list(SCENARIOS))
+    p.add_argument("--write", action="store_true", help="compile everything and rewrite the table")
+    arguments = p.parse_args()
+    chosen = [arguments.only] if arguments.only else list(SCENARIOS)
+    if arguments.target and len(chosen) == 1 and not arguments.write:
+        for row in compile_scenario(arguments.target, chosen[0]):
+            print(json.dumps(row))
+        return
+    import triton
+
+    rows: list[dict[str, Any]] = []
+    for target in [arguments.target] if arguments.target else TARGETS:
+        for scenario in chosen:
+            rows += in_process(target, scenario)
+            for row in rows[-12:]:
+                if (row["target"], row["scenario"]) == (target, scenario):
+                    print(target, scenario, *(row[k] for k in SHOWN))
+    if arguments.write:
+        lines = ",\n".join("  " + json.dumps(row) for row in rows)
+        TABLE.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

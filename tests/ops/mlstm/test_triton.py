@@ -1,0 +1,260 @@
+"""The Triton backend against the float64 definition: on a GPU where there is one, else in Triton's interpreter.
+
+Every tensor that a kernel is to fill starts as NaN, so anything left out or read too early shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, run
+from test_chunkwise import conditioning, plain_formula
+
+from openxlstm.ops import dispatch, explain, mlstm
+from openxlstm.state import mLSTMState
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
+SMALL = Case(batch=1, time=21, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def device(triton_device: torch.device) -> Iterator[torch.device]:
+    """Run on the GPU or in the interpreter, with poisoned outputs."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        with triton_device:
+            yield triton_device
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
+    with torch.device("cpu"):
+        return {name: x.to(device) for name, x in case.inputs(dtype).items()}
+
+
+def compare(case, inputs, rel_error, *, chunk_size=None, losses="hcnm", values=5e-6, grads=2e-5, **changes):
+    """Values and gradients against float64, within the tolerance or as good as the portable backend."""
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected, expected_grad = run(case, exact, "recurrent", losses=losses, **changes)
+    portable, portable_grad = run(case, inputs, "chunkwise", losses=losses, **changes)
+    actual, actual_grad = run(case, inputs, "triton", chunk_size=chunk_size, losses=losses, **changes)
+    for tolerance, one, two, three in (
+        (values, actual, expected, portable),
+        (grads, actual_grad, expected_grad, portable_grad),
+    ):
+        for name, wanted in two.items():
+            allowed = max(tolerance, 2 * rel_error(three[name], wanted))
+            assert rel_error(one[name], wanted) < allowed, (name, rel_error(one[name], wanted), allowed)
+            assert one[name].dtype == three[name].dtype
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_values_and_gradients(name, device, rel_error):
+    case = CASES[name].but(batch=1, time=min(CASES[name].time, 37))
+    compare(case, inputs_of(case, device), rel_error, chunk_size=16)
+
+
+@pytest.mark.parametrize("losses", ["h", "c", "n", "m", "cnm"])
+def test_every_loss_alone(losses, device, rel_error):
+    """Without a norm after h, and on the returned state."""
+    case = SMALL.but(with_state=True, reset_every=9)
+    compare(case, inputs_of(case, device), rel_error, chunk_size=16, losses=losses)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 21, 40, 70, 1000])
+def test_any_chunk_length(chunk_size, device, rel_error):
+    """Chunks shorter than a tile, and of several tiles with a ragged last one."""
+    time = 12 if chunk_size == 3 else 75
+    case = SMALL.but(time=time, heads=1, reset_every=31, with_state=True)
+    compare(case, inputs_of(case, device), rel_error, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(1, 80), (80, 17), (130, 16), (16, 1024), (1024, 1)])
+def test_any_head_dimension(qk_dim, v_dim, device, rel_error):
+    case = SMALL.but(heads=1, qk_dim=qk_dim, v_dim=v_dim, with_state=True)
+    compare(case, inputs_of(case, device), rel_error, chunk_size=16)
+
+
+def test_strides_and_out_of_bounds_reads(device, rel_error):
+    """Head-first, expanded and sliced inputs; what surrounds a slice is NaN and must not be read."""
+    case = SMALL.but(batch=2, with_state=True)
+    x = inputs_of(case, device)
+
+    def surrounded(t: torch.Tensor) -> torch.Tensor:
+        block = torch.full([extent + 4 for extent in t.shape], torch.nan, device=device, dtype=t.dtype)
+        block[tuple(slice(2, 2 + extent) for extent in t.shape)] = t
+        return block[tuple(slice(2, 2 + extent) for extent in t.shape)]
+
+    x["k"] = x["k"][:1].expand(2, -1, -1, -1)
+    x["v"] = x["v"].mT.contiguous().mT
+    plain = {name: t.contiguous() for name, t in x.items()}
+    x["q"] = x["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    odd = {name: surrounded(t) if name in "kvif" else t for name, t in x.items()}
+    arguments = {"state": mLSTMState(*(x[n] for n in ("c0", "n0", "m0"))), "chunk_size": 16}
+    expected = mlstm(*(plain[n] for n in "qkvif"), backend="triton", **arguments)
+    for given in (x, odd):
+        leaves = [given[n].detach().requires_grad_() for n in "qkvif"]
+        h = mlstm(*leaves, backend="triton", **arguments)
+        assert torch.equal(h, expected)
+        grads = torch.autograd.grad(h.square().sum(), leaves)
+        assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize(("dtype", "forward", "backward"), [
+    (torch.bfloat16, 6e-3, 1.2e-2), (torch.float16, 2e-3, 4e-3)
+])  # fmt: skip
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_half_precision(dtype, forward, backward, input_gate, device, rel_error):
+    """Never worse than the plain formula in that precision, and close where the row is well conditioned."""
+    case = Case(batch=1, heads=1, time=48, qk_dim=16, v_dim=16, forget_mean=3.0, input_gate=input_gate)
+    x = inputs_of(case, device, dtype)
+    exact = {name: t.double() for name, t in x.items()}
+    expected, expected_grad = run(case, exact, "recurrent")
+    actual, actual_grad = run(case, x, "triton", chunk_size=32)
+    assert actual["h"].dtype == dtype
+    assert actual["c"].dtype == torch.float32
+    well = (conditioning(x, case) < 10)[..., None]
+    assert well.float().mean() > 0.4
+    assert rel_error(actual["h"] * well, expected["h"] * well) < forward
+    if input_gate == "exp":
+        worst = rel_error(plain_formula(*(x[n] for n in "qkvif")), expected["h"])
+        assert rel_error(actual["h"], expected["h"]) <= worst
+    for name, grad in expected_grad.items():
+        allowed = 2e-2 if name in "if" and dtype == torch.bfloat16 else backward
+        assert rel_error(actual_grad[name], grad) < 2 * allowed, name  # rows of every conditioning
+
+
+def test_packed_documents(device, rel_error):
+    lengths = [5, 0, 1, 14]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    case = SMALL.but(time=sum(lengths))
+    x = inputs_of(case, device)
+    h = mlstm(*(x[n] for n in "qkvif"), cu_seqlens=offsets, chunk_size=16, backend="triton")
+    again, last = mlstm(
+        *(x[n] for n in "qkvif"), cu_seqlens=offsets, return_state=True, chunk_size=16, backend="triton"
+    )
+    for n, (a, b) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        alone, state = mlstm(
+            *(x[n][:, a:b].double() for n in "qkvif"), return_state=True, backend="recurrent"
+        )
+        assert rel_error(h[:, a:b], alone) < 5e-6
+        assert rel_error(again[:, a:b], alone) < 5e-6
+        assert all(rel_error(s[n], e[0]) < 5e-6 for s, e in zip(last, state, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["reset", "forget"])
+def test_nothing_crosses_a_boundary(kind, device):
+    """Bit for bit: neither values, nor states, nor gradients, whatever stands on the other side."""
+    case, cut = SMALL.but(with_state=True), 9
+    x = inputs_of(case, device)
+    reset = None
+    if kind == "reset":
+        reset = torch.zeros(1, case.time, dtype=torch.bool)
+        reset[0, cut] = True
+    else:
+        x["f"][:, cut] = -torch.inf
+    y = {name: t.clone() for name, t in x.items()}
+    for name in "qkvif":
+        y[name][:, :cut] = torch.randn_like(y[name][:, :cut]) * 3
+    y["c0"] = y["c0"] * 100
+    results = []
+    for given in (x, y):
+        leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
+        state = mLSTMState(*(leaves[n] for n in ("c0", "n0", "m0")))
+        h, last = mlstm(
+            *(leaves[n] for n in "qkvif"), state=state, reset=reset, return_state=True,
+            chunk_size=16, backend="triton",
+        )  # fmt: skip
+        loss = h[:, cut:].square().sum() + sum(s.square().sum() for s in last)
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        assert not any(grads[n][:, :cut].any() for n in "qkvif")
+        assert not any(grads[n].any() for n in ("c0", "n0", "m0"))
+        results.append([h[:, cut:], *last, *(grads[n][:, cut:] for n in "qkvi")])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_split_causality_rows_and_determinism(device, rel_error):
+    case = SMALL.but(batch=2, with_state=True, reset_every=8)
+    x = inputs_of(case, device)
+    state = mLSTMState(*(x[n] for n in ("c0", "n0", "m0")))
+    reset = case.reset()
+    arguments = {"chunk_size": 8, "backend": "triton", "return_state": True}
+    whole, last = mlstm(*(x[n] for n in "qkvif"), state=state, reset=reset, **arguments)
+    again, _ = mlstm(*(x[n] for n in "qkvif"), state=state, reset=reset, **arguments)
+    assert torch.equal(whole, again)
+    pieces = []
+    for part in (slice(0, 13), slice(13, 21)):
+        h, state = mlstm(*(x[n][:, part] for n in "qkvif"), state=state, reset=reset[:, part], **arguments)
+        pieces.append(h)
+    assert rel_error(torch.cat(pieces, 1), whole) < 2e-6
+    assert all(rel_error(a, b) < 2e-6 for a, b in zip(state, last, strict=True))
+    other = {n: x[n].clone() for n in "qkvif"}
+    for t in other.values():
+        t[0, 13:] = 2  # later, and of one row
+    state = mLSTMState(*(x[n] for n in ("c0", "n0", "m0")))
+    changed, _ = mlstm(*other.values(), state=state, reset=reset, **arguments)
+    assert torch.equal(changed[:, :13], whole[:, :13])
+    assert torch.equal(changed[1], whole[1])
+
+
+@pytest.mark.parametrize("gate", [-1e3, 1e3, -torch.inf])
+def test_extreme_gates_stay_finite(gate, device, rel_error):
+    case = SMALL.but(time=18, heads=1, with_state=True)
+    x = inputs_of(case, device)
+    x["f"][:, ::3] = gate
+    x["i"][:, 1::4] = -1e3 if gate > 0 else gate
+    exact = {name: t.double() for name, t in x.items()}
+    expected, _ = run(case, exact, "recurrent")
+    actual, grads = run(case, x, "triton", chunk_size=16)
+    for name, y in expected.items():
+        assert rel_error(actual[name], y) < 1e-5, name
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize(("batch", "time"), [(2, 0), (0, 5), (1, 1)])
+def test_empty_and_short(batch, time, device):
+    case = SMALL.but(batch=batch, time=time, with_state=True)
+    outputs, grads = run(case, inputs_of(case, device), "triton")
+    assert outputs["h"].shape == (batch, time, 2, 12)
+    assert all(t.isfinite().all() for t in (*outputs.values(), *grads.values()))
+
+
+def test_opcheck(device):
+    case = SMALL.but(with_state=True, reset_every=8, time=9)
+    x = [t.requires_grad_() for t in inputs_of(case, device).values()]
+    torch.library.opcheck(
+        torch.ops.openxlstm.mlstm_triton.default, (*x, case.reset(), False, True, 1e-6, 16),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+    )  # fmt: skip
+
+
+def test_compiles_without_graph_breaks(device):
+    case = SMALL.but(with_state=True)
+    x = [t.requires_grad_() for t in inputs_of(case, device).values()]
+
+    def function(q, k, v, i, f, c, n, m):
+        h, last = mlstm(q, k, v, i, f, state=mLSTMState(c, n, m), return_state=True, backend="triton")
+        return h * 2, last
+
+    expected, _ = function(*x)
+    actual, _ = torch.compile(function, fullgraph=True, backend="aot_eager")(*x)
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    assert all(t.grad is not None for t in x)
+
+
+def test_refusals_say_why(device, monkeypatch):
+    request = dispatch.Request(torch.device("cpu"), torch.float32)
+    assert dispatch.resolve("mlstm", "auto", request).name == "chunkwise"
+    gpu = dispatch.Request(torch.device("cuda"), torch.bfloat16)
+    assert dispatch.resolve("mlstm", "auto", gpu).name == "triton"
+    assert "not float64" in explain("mlstm", device="cuda", dtype=torch.float64)
+    x = inputs_of(SMALL.but(time=2, qk_dim=1025), device)
+    with pytest.raises(ValueError, match="up to 1024, got 1025"):
+        mlstm(*x.values(), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="only for tests, with TRITON_INTERPRET=1"):
+        dispatch.resolve("mlstm", "triton", request)

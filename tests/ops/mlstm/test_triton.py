@@ -1,4 +1,4 @@
-"""The Triton backend against the float64 definition: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton backend against the float64 definition: on a GPU if there is one, else in the interpreter.
 
 Every tensor that a kernel is to fill starts as NaN, so anything left out or read too early shows.
 """
@@ -227,7 +227,9 @@ def test_opcheck(device):
     x = [t.requires_grad_() for t in inputs_of(case, device).values()]
     torch.library.opcheck(
         torch.ops.openxlstm.mlstm_triton.default, (*x, case.reset(), False, True, 1e-6, 16),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+        test_utils=(
+            "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
+        ),
     )  # fmt: skip
 
 

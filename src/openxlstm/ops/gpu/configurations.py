@@ -2,7 +2,7 @@
 
 The first entry that fits is taken: architecture of the device, else ``default``; then the width of the
 inputs (``half``: bfloat16 and float16, ``single``: float32). Tiles are cut to the head dimensions of the call,
-so small problems pay for small tiles. docs/kernels.md explains the choices; the tables in
+so small problems get small tiles. docs/kernels.md explains the choices; the tables in
 tests/ops/gpu/resources hold what each entry compiles to (registers, spills, shared memory).
 """
 
@@ -31,7 +31,7 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Launch options. Fused multiply-adds are asked for explicitly: Triton's default differs by version."""
+        """Launch options. Fused multiply-adds are named because Triton's default differs by version."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def cut(self, time: int, dk: int, dv: int) -> Tiles:
@@ -79,7 +79,7 @@ MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Name of a device's architecture as in the tables: ``sm_90``, ``gfx942``, ...; a CPU's is ``default``."""
+    """Name of a device's architecture as in the tables: ``sm_90``, ``gfx942``; a CPU's is ``default``."""
     if device.type != "cuda":
         return "default"
     properties = torch.cuda.get_device_properties(device)

@@ -1,6 +1,6 @@
 """Backend ``triton`` of the mLSTM: Tiled Flash Linear Attention on GPUs, exact gradients.
 
-``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does, in three launches forwards
+``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does, in two launches forwards
 (gate scalars apart: states between chunks, then all chunks in parallel) and four backwards (states again, row
 scalars, state gradients, then dQ, dK and dV of each chunk from shared score tiles). Any length, any head
 dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16 or float16; gates, normaliser and
@@ -170,7 +170,7 @@ def _backward(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f, c0, n0, m0."""
-    batch, time, heads, dk = q.shape
+    batch, time, heads, _ = q.shape
     dq, dk_out, dv_out = (x.new_empty(x.shape) for x in (q, k, v))
     dc, dn = (
         x.new_zeros(x.shape) if d is None else d.clone(memory_format=torch.contiguous_format)

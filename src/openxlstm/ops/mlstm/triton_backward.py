@@ -9,8 +9,8 @@ y = p dh and rho = -p delta of :mod:`openxlstm.ops.mlstm.chunkwise`):
     dV = A'^T dh + (a-bar K) dC'
     dC = keep dC' + (s beta p Q)^T dh       dn = keep dn' - (s beta p Q)^T delta
 
-Dividing by den inside W' and not in dh keeps every operand of the size of the weights it belongs to: den alone
-may be as small as exp(-m). The rules of :mod:`triton_forward` hold here too.
+Dividing by den inside W' and not in dh keeps every operand of the size of the weights it belongs to: den
+alone may be as small as exp(-m). The rules of :mod:`triton_forward` hold here too.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def inputs_kernel(
     c_states, n_states,  # entering each chunk
     dc_states, dn_states,  # gradient of the state leaving each chunk
     dq, dk_out, dv_out,  # out: (B, T, H, D), contiguous
-    outgoing, incoming,  # out: (parts, B * H, N, L) float32: q . dq and k . dk, summed over the part's columns
+    outgoing, incoming,  # out: (parts, B * H, N, L) float32: q . dq and k . dk of the part's columns
     log2_scale,
     time, heads, dk, dv, length, chunks, parts,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h,

@@ -1,7 +1,7 @@
 """Triton kernels of the mLSTM forward pass: states between chunks, then all chunks in parallel.
 
-Notation as in :mod:`openxlstm.ops.mlstm.chunkwise`; derivation and cost model in docs/kernels.md. Gate scalars
-come prepared (:mod:`gates`), chunked (B * H, N, L), so no product is ever rescaled. D_ts = rows_t + columns_s
+Notation as in :mod:`openxlstm.ops.mlstm.chunkwise`; derivation and cost model in docs/kernels.md. Gate
+scalars come prepared (:mod:`gates`), chunked (B * H, N, L), so no product is ever rescaled. D_ts = rows_t + columns_s
 is the difference of large sums: both are float64, and each tile takes its first row as reference, so that
 float32 exponents are small where weights are not. Nothing before a cut enters the reference of what follows.
 
@@ -28,7 +28,7 @@ def load_rows(pointer, time, stride, columns, valid, extent):
 def decay_tile(rows, columns, segment, first, log2_scale, row, column, row_valid, column_valid):
     """scale * exp(D) of a tile, zero where the column is later or lies behind a boundary.
 
-    ``rows``, ``columns`` and ``segment`` point at the chunk's scalars. The exponents of the segment that holds
+    ``rows``, ``columns`` and ``segment`` point at the chunk's scalars. Exponents of the segment that holds
     the tile's ``first`` row are taken relative to that row; other segments begin inside the tile.
     """
     reference, here = tl.load(rows + first), tl.load(segment + first)
@@ -103,7 +103,7 @@ def output_kernel(
     NORMALIZE: tl.constexpr,
     BQ: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h of one tile of rows and value columns: (A V + s beta Q C) / den, tile by tile of the chunk's columns."""
+    """h of one tile of rows and value columns: (A V + s beta Q C) / den, tile by tile of columns."""
     tiles_v, tiles_q = tl.cdiv(dv, BV), tl.cdiv(length, BQ)
     pid = tl.program_id(0)
     pid_v, pid_q = pid % tiles_v, (pid // tiles_v) % tiles_q

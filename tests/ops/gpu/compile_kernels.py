@@ -3,8 +3,8 @@
     python tests/ops/gpu/compile_kernels.py sm_90 --only mlstm-bfloat16     one JSON line per kernel
 
 Launches are recorded instead of run, so every kernel is compiled exactly as the operator would launch it on
-that architecture: same tiles, same specialisation of strides. Each target needs its own process (compilers may
-abort), without TRITON_INTERPRET. ``python tests/ops/gpu/compile_kernels.py --write`` compiles everything
+that architecture: same tiles, same specialisation of strides. Each target needs its own process (compilers
+may abort), without TRITON_INTERPRET. ``python tests/ops/gpu/compile_kernels.py --write`` compiles everything
 and rewrites the committed table.
 """
 

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels per architecture: a shipped table, no tuning at run time.
 
 The first entry that fits is taken: architecture of the device, else ``default``; then the width of the
-inputs (``half``: bfloat16 and float16, ``single``: float32). Tiles are cut to the head dimensions of the call,
-so small problems get small tiles. docs/kernels.md explains the choices; the tables in
+inputs (``half``: bfloat16 and float16, ``single``: float32). Tiles are cut to the call's dimensions, so
+small problems get small tiles. docs/kernels.md explains the choices; the tables in
 tests/ops/gpu/resources hold what each entry compiles to (registers, spills, shared memory).
 """
 

@@ -7,9 +7,11 @@ tests only: start Python with ``TRITON_INTERPRET=1`` and ask for the backend by 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -36,7 +38,6 @@ VERSION = _installed()
 """Version of the installed Triton (found without importing it), or None."""
 
 
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (on CPU tensors)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,6 +84,11 @@ def precision(dtype: torch.dtype) -> str:
 def carried_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which states between chunks are stored and multiplied: it must have the range of float32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def kernel(module: str, name: str) -> Any:
+    """A kernel of ``openxlstm.ops.<module>``; importing that module imports Triton."""
+    return getattr(importlib.import_module(f"openxlstm.ops.{module}"), name)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops.gpu import configurations
-from openxlstm.ops.gpu.support import carried_dtype, precision, unit_stride
+from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, unit_stride
 from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 
 
@@ -68,8 +68,6 @@ def _states(
     k: Tensor, v: Tensor, scalars: Scalars, c0: Tensor, n0: Tensor, chunk_size: int, *, last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state entering each chunk, (B * H, N, DK, DV) and (B * H, N, DK), and the last one."""
-    from openxlstm.ops.mlstm.triton_forward import states_kernel
-
     batch, time, heads, dk = k.shape
     dv, pairs = v.shape[-1], batch * heads
     chunks = scalars.keep.shape[-1]
@@ -77,7 +75,7 @@ def _states(
     n_states = k.new_empty((pairs, chunks, dk), dtype=torch.float32)
     c_last, n_last = (x.new_empty(x.shape) if last else x for x in (c0, n0))
     tiles = configurations.mlstm(k.device, k.dtype).states.cut(chunk_size, dk, dv)
-    states_kernel[(pairs, -(-dk // tiles.k), -(-dv // tiles.v))](
+    kernel("mlstm.triton_forward", "states_kernel")[(pairs, -(-dk // tiles.k), -(-dv // tiles.v))](
         k, v, scalars.to_state, scalars.keep, c0, n0, c_states, n_states, c_last, n_last,
         time, heads, dk, dv, chunk_size, chunks, *_strides(k, v),
         STORE_LAST=last, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=precision(k.dtype),
@@ -103,15 +101,14 @@ def _forward(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last c, n, m, and (B, H, T) r and den for the backward."""
-    from openxlstm.ops.mlstm.triton_forward import output_kernel
-
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     h = v.new_empty(v.shape)
     r, den = (c0.new_empty((batch, heads, time)) for _ in range(2))
     if time == 0 or batch == 0 or heads == 0:
         m = torch.zeros_like(m0) if sigmoid else m0.clone(memory_format=torch.contiguous_format)
-        return h, *(x.clone(memory_format=torch.contiguous_format) for x in (c0, n0)), m, r, den
+        c, n = (x.clone(memory_format=torch.contiguous_format) for x in (c0, n0))
+        return h, c, n, m, r, den
     q, k, v = (unit_stride(x) for x in (q, k, v))
     config = configurations.mlstm(q.device, q.dtype)
     length = min(chunk_size or config.forward_chunk, time)
@@ -122,7 +119,7 @@ def _forward(
     tiles = config.output.cut(length, dk, dv)
     chunks = scalars.keep.shape[-1]
     grid = (-(-dv // tiles.v) * -(-length // tiles.rows) * batch * heads * chunks,)
-    output_kernel[grid](
+    kernel("mlstm.triton_forward", "output_kernel")[grid](
         q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.floor,
         c_states, n_states, h, r, den, eps, -0.5 * math.log2(dk),
         time, heads, dk, dv, length, chunks, *_strides(q, k, v),
@@ -228,8 +225,6 @@ def _matrix_gradients(
     Returns (dh . h) / den (B, H, T); <C, dC> + n . dn entering each chunk (B, H, N); and q . dq and k . dk
     (B, H, N, L); all but the first in float64.
     """
-    from openxlstm.ops.mlstm import triton_backward as kernels
-
     q, k, v, h, dh = inputs
     c0, n0, dc, dn = states
     r, den = normaliser
@@ -241,7 +236,7 @@ def _matrix_gradients(
     inverse, delta, along = torch.ones_like(r), torch.zeros_like(r), torch.zeros_like(r)
     if normalize:
         tile = configurations.tile_of(min(time, 64))
-        kernels.rows_kernel[(pairs * -(-time // tile),)](
+        kernel("mlstm.triton_backward", "rows_kernel")[(pairs * -(-time // tile),)](
             h, dh, r, den, scalars.floor, inverse, delta, along, time, heads, dv, *_strides(dh),
             BT=tile, BV=min(64, configurations.tile_of(dv)), **configurations.Tiles().options,
         )  # fmt: skip
@@ -250,7 +245,7 @@ def _matrix_gradients(
     grid = (pairs, -(-dk // tiles.k), -(-dv // tiles.v))
     flow = r.new_empty((pairs, chunks, *grid[1:]))
     dc_states, dn_states = torch.empty_like(c_states), torch.empty_like(n_states)
-    kernels.state_gradients_kernel[grid](
+    kernel("mlstm.triton_backward", "state_gradients_kernel")[grid](
         q, dh, scalars.carry_in, scalars.keep, inverse, delta, c_states, n_states, dc, dn,
         dc_states, dn_states, flow, dk**-0.5, time, heads, dk, dv, length, chunks, *_strides(q, dh),
         NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
@@ -260,7 +255,7 @@ def _matrix_gradients(
     tiles = config.inputs.cut(length, dk, dv)
     parts = _parts(q.device, pairs * chunks, -(-max(dk, dv) // max(tiles.k, tiles.v)))
     outgoing, incoming = (r.new_empty((parts, batch, heads, chunks, length)) for _ in range(2))
-    kernels.inputs_kernel[(parts * pairs * chunks,)](
+    kernel("mlstm.triton_backward", "inputs_kernel")[(parts * pairs * chunks,)](
         q, k, v, dh, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.to_state,
         inverse, delta, c_states, n_states, dc_states, dn_states, *outputs, outgoing, incoming,
         -0.5 * math.log2(dk), time, heads, dk, dv, length, chunks, parts, *_strides(q, k, v, dh),

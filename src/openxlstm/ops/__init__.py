@@ -2,6 +2,7 @@
 
 from openxlstm.ops.dense import linear
 from openxlstm.ops.dispatch import explain
+from openxlstm.ops.mlstm.advance import mlstm_advance
 from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
 from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
 from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
@@ -10,6 +11,7 @@ __all__ = [
     "explain",
     "linear",
     "mlstm",
+    "mlstm_advance",
     "mlstm_initial_state",
     "mlstm_step",
     "reset_from_cu_seqlens",

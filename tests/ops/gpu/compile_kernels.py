@@ -45,12 +45,29 @@ def mlstm(dtype_name: str) -> None:
     h.sum().backward()
 
 
+def step(dtype_name: str) -> None:
+    """Decoding at the 7B shape, in slots."""
+    import torch
+
+    from openxlstm.ops.mlstm import triton_decode
+
+    dtype = getattr(torch, dtype_name)
+    batch, heads, dk, dv = 2, 8, 256, 512
+    q, k = (torch.zeros(batch, 1, heads, dk, dtype=dtype) for _ in range(2))
+    v = torch.zeros(batch, 1, heads, dv, dtype=dtype)
+    i, f = (torch.zeros(batch, 1, heads, dtype=dtype) for _ in range(2))
+    c, n, m = torch.zeros(batch, heads, dk, dv), torch.zeros(batch, heads, dk), torch.zeros(batch, heads)
+    slots = torch.zeros(batch, dtype=torch.int32)
+    triton_decode.advance(q, k, v, i, f, c, n, m, slots, sigmoid=False, normalize=True, eps=1e-6)
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "mlstm-bfloat16": lambda: mlstm("bfloat16"),
     "mlstm-float16": lambda: mlstm("float16"),
     "mlstm-float32": lambda: mlstm("float32"),
+    "step-bfloat16": lambda: step("bfloat16"),
 }
-ORDINARY = ("mlstm-bfloat16",)
+ORDINARY = ("mlstm-bfloat16", "step-bfloat16")
 """Compiled by the ordinary tests; the others by the slow ones."""
 
 

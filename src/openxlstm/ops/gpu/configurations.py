@@ -47,7 +47,12 @@ class Tiles:
 
 def tile_of(extent: int) -> int:
     """Smallest tile extent (a power of two, at least 16) that covers ``extent``."""
-    return max(16, 1 << max(0, extent - 1).bit_length())
+    return max(16, power_of_two(extent))
+
+
+def power_of_two(extent: int) -> int:
+    """Smallest power of two that covers ``extent``, at least 1."""
+    return 1 << max(0, extent - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,8 @@ def mlstm(device: torch.device, dtype: torch.dtype) -> MLSTM:
     width = "single" if dtype == torch.float32 else "half"
     name = architecture(device)
     return MLSTM_TABLE.get((name, width)) or MLSTM_TABLE["default", width]
+
+
+def step(device: torch.device) -> Tiles:
+    """Tiles of the step kernel: 64 x 32 of C per turn, so 128 bytes per row."""
+    return Tiles(k=64, v=32, warps=4, stages=2)

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from openxlstm.ops import dispatch
 from openxlstm.ops.gpu import support
-from openxlstm.ops.mlstm import chunkwise, native, reference, triton_backend
+from openxlstm.ops.mlstm import chunkwise, native, reference, triton_backend, triton_decode
+from openxlstm.ops.mlstm.checks import InputGate, check_options, check_sequence, check_state
 from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
 from openxlstm.state import mLSTMState
-
-InputGate = Literal["exp", "sigmoid"]
 
 dispatch.register(
     "mlstm",
@@ -47,6 +46,15 @@ dispatch.register(
     priority=20,
     refuse=native.refuse,
     description="C++, one sweep over the memory",
+)
+dispatch.register(
+    "mlstm_step",
+    "triton",
+    triton_decode.step,
+    priority=30,
+    refuse=triton_decode.refuse,
+    automatic=support.automatic,
+    description="GPU kernels, each state read and written once",
 )
 
 
@@ -153,14 +161,14 @@ def mlstm(
     Raises:
         ValueError: shapes that do not fit together, an unknown backend or gate, or an impossible combination.
     """
-    _check_sequence(q, k, v, i, f, chunk_size)
-    _check_options(input_gate, normalize)
+    check_sequence(q, k, v, i, f, chunk_size)
+    check_options(input_gate, normalize)
     batch, time, heads, qk_dim = q.shape
     check_boundaries(cu_seqlens, reset, q)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is not None:
-        _check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype, q.device)
+        check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype, q.device)
     request = dispatch.Request(q.device, q.dtype, {"head_dim": max(qk_dim, v.shape[-1])})
     run = dispatch.resolve("mlstm", backend, request).implementation
     options = {
@@ -211,13 +219,14 @@ def mlstm_step(
     if q.ndim != 3:
         raise ValueError(f"q must have shape (B, H, DK) for one token, got {tuple(q.shape)}")
     one_q, one_k, one_v, one_i, one_f = (x.unsqueeze(1) for x in (q, k, v, i, f))
-    _check_sequence(one_q, one_k, one_v, one_i, one_f, None)
-    _check_options(input_gate, normalize)
+    check_sequence(one_q, one_k, one_v, one_i, one_f, None)
+    check_options(input_gate, normalize)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype, q.device)
+    check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype, q.device)
     tensors = (q, k, v, i, f, *state)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad})
+    head_dim = max(q.shape[-1], v.shape[-1])
+    request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad, "head_dim": head_dim})
     run = dispatch.resolve("mlstm_step", backend, request).implementation
     h, *new = run(q, k, v, i, f, *state, sigmoid=input_gate == "sigmoid", normalize=normalize, eps=eps)
     return h, mLSTMState(*new)
@@ -246,58 +255,3 @@ def _run_documents(
         return h[None], state
     back = torch.argsort(torch.cat(order))
     return h[None], mLSTMState(*(torch.cat(parts)[back] for parts in zip(*pieces, strict=True)))
-
-
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, chunk_size: int | None) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"q must have shape (B, T, H, DK), got {tuple(q.shape)}")
-    if q.shape[-1] < 1:
-        raise ValueError(f"the query/key head dimension must be at least 1, got q of shape {tuple(q.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v must have shape (B, T, H, DV) = {(*q.shape[:3], 'DV')}, got {tuple(v.shape)}")
-    for name, gate in (("i", i), ("f", f)):
-        if gate.shape != q.shape[:3]:
-            raise ValueError(
-                f"{name} must have shape (B, T, H) = {tuple(q.shape[:3])}, got {tuple(gate.shape)}"
-            )
-    for name, x in (("q", q), ("k", k), ("v", v), ("i", i), ("f", f)):
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move them to one device")
-    if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
-
-
-def _check_options(input_gate: str, normalize: bool) -> None:
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"input_gate must be 'exp' or 'sigmoid', got {input_gate!r}")
-    if not normalize and input_gate == "exp":
-        raise ValueError(
-            "normalize=False needs input_gate='sigmoid': the exponential gate is unbounded without it"
-        )
-
-
-def _check_state(
-    state: mLSTMState,
-    batch: int,
-    heads: int,
-    qk_dim: int,
-    v_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    if len(state) != 3:
-        raise ValueError(f"state must be an mLSTMState (c, n, m), got {len(state)} tensors")
-    expected = {"c": (batch, heads, qk_dim, v_dim), "n": (batch, heads, qk_dim), "m": (batch, heads)}
-    for (name, shape), x in zip(expected.items(), state, strict=True):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"state.{name} must have shape {shape}, got {tuple(x.shape)}")
-        if x.dtype != dtype:
-            raise ValueError(f"state.{name} must be {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"state.{name} is on {x.device}, q on {device}: move them to one device")

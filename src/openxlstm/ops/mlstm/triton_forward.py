@@ -1,9 +1,10 @@
 """Triton kernels of the mLSTM forward pass: states between chunks, then all chunks in parallel.
 
 Notation as in :mod:`openxlstm.ops.mlstm.chunkwise`; derivation and cost model in docs/kernels.md. Gate
-scalars come prepared (:mod:`gates`), chunked (B * H, N, L), so no product is ever rescaled.
-D_ts = rows_t + columns_s is the difference of large sums: both are float64, and each tile takes its first row as reference, so that
-float32 exponents are small where weights are not. Nothing before a cut enters the reference of what follows.
+scalars come prepared (:mod:`gates`), chunked (B * H, N, L), so no product is ever rescaled. The exponent
+D_ts = rows_t + columns_s is the difference of large sums: both are float64, and each tile takes its first
+row as reference, so that float32 exponents are small where weights are not. Nothing before a cut enters the
+reference of what follows.
 
 Rules of the house: pointers with masks, no block pointers; what is loaded is widened to float32 before any
 arithmetic; only operands of ``tl.dot`` stay narrow.

@@ -129,7 +129,9 @@ def _os_error(error: OSError, text: str) -> str:
 
 
 def _extra(error: ImportError) -> str:
-    return "hf" if error.name == "transformers" else "train"
+    package = (error.name or "").partition(".")[0]
+    homes = {"transformers": "hf", "scipy": "scaling", "pandas": "scaling", "pyarrow": "scaling"}
+    return homes.get(package, "train")
 
 
 def _unknown_command(word: str) -> str:

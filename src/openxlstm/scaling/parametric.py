@@ -1,0 +1,397 @@
+"""The parametric law L(N, D) = E + (A N^-alpha + B D^-beta)^gamma, with gamma = 1 or free.
+
+    ln L = LSE( gamma LSE(a - alpha ln N, b - beta ln D), e ),    A = e^a, B = e^b, E = e^e
+    minimise sum_i huber_delta( ln L_i - ln L(N_i, D_i) )          (Hoffmann et al. 2022; arXiv 2510.02228)
+
+Thousands of starts run at once through a batched Gauss-Newton (:mod:`openxlstm.scaling.optimization`); the
+best different ones are polished with analytic gradients. Uncertainty comes from the bootstrap. With a free
+gamma the parameters are strongly correlated: compare predictions first, and read
+:meth:`ParametricFit.diagnostics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from openxlstm.scaling.data import Table, check_one_convention, require_runs
+from openxlstm.scaling.optimization import Array, huber, minimize_batch
+
+NAMES = ("a", "b", "e", "alpha", "beta", "gamma")
+
+
+class Optimum(NamedTuple):
+    """How to spend a budget."""
+
+    num_params: float
+    num_tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ParametricFit:
+    """A fitted law, with its data and, if asked for, bootstrap samples."""
+
+    parameters: tuple[float, float, float, float, float, float]
+    """a, b, e, alpha, beta, gamma."""
+    objective: float
+    """Sum of Huber losses."""
+    delta: float
+    """Delta of the Huber loss."""
+    free_gamma: bool
+    """Whether gamma was fitted."""
+    num_params: Array = field(repr=False)
+    """N of the runs."""
+    num_tokens: Array = field(repr=False)
+    """D of the runs."""
+    losses: Array = field(repr=False)
+    """Losses of the runs."""
+    agreeing_starts: int = 0
+    """How many of the polished starts ended at this objective (to 1e-6)."""
+    samples: Array | None = field(default=None, repr=False)
+    """Bootstrap samples of the parameters, (S, 6)."""
+
+    def __getattr__(self, name: str) -> float:
+        if name in NAMES:
+            return self.parameters[NAMES.index(name)]
+        raise AttributeError(name)
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """E, A, B, alpha, beta, gamma."""
+        a, b, e, alpha, beta, gamma = self.parameters
+        return {
+            "E": float(np.exp(e)), "A": float(np.exp(a)), "B": float(np.exp(b)),
+            "alpha": alpha, "beta": beta, "gamma": gamma,
+        }  # fmt: skip
+
+    def __call__(self, num_params: Any, num_tokens: Any) -> Any:
+        """Predicted loss."""
+        shape = np.broadcast_shapes(np.shape(num_params), np.shape(num_tokens))
+        logs = _log_loss(
+            np.array([self.parameters]), *(np.ravel(np.log(u)) for u in (num_params, num_tokens))
+        )
+        return np.exp(logs[0]).reshape(shape)
+
+    @property
+    def residuals(self) -> Array:
+        """ln L - ln L(N, D) of the runs."""
+        return np.log(self.losses) - np.log(self(self.num_params, self.num_tokens))
+
+    @property
+    def r_squared(self) -> float:
+        """Share of the variance of the losses that is explained."""
+        rest = ((self.losses - self(self.num_params, self.num_tokens)) ** 2).sum()
+        return float(1 - rest / ((self.losses - self.losses.mean()) ** 2).sum())
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the residuals, degrees of freedom allowed for."""
+        free = max(1, len(self.losses) - 5 - self.free_gamma)
+        return float(np.sqrt((self.residuals**2).sum() / free))
+
+    def interval(
+        self,
+        num_params: float,
+        num_tokens: float,
+        level: float = 0.95,
+        *,
+        prediction: bool = True,
+        seed: int = 0,
+    ) -> tuple[float, float]:
+        """Interval of the loss at one point: of the law, or (``prediction``) of a run, noise included.
+
+        Raises:
+            ValueError: the fit has no bootstrap samples.
+        """
+        logs = _log_loss(self._samples(), np.log([num_params]), np.log([num_tokens]))[:, 0]
+        if prediction:
+            generator = np.random.default_rng(seed)
+            residuals = self.residuals - self.residuals.mean()
+            residuals = residuals * self.noise / max(residuals.std(), 1e-300)
+            logs = (logs[:, None] + generator.choice(residuals, (len(logs), 64))).ravel()
+        low, high = np.quantile(logs, [0.5 - level / 2, 0.5 + level / 2])
+        return float(np.exp(low)), float(np.exp(high))
+
+    def parameter_intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Bootstrap percentile intervals of the parameters and of the exponents of N*(C) and D*(C).
+
+        Raises:
+            ValueError: the fit has no bootstrap samples.
+        """
+        samples = self._samples()
+        columns: dict[str, Array] = dict(zip(NAMES, samples.T, strict=True))
+        total = columns["alpha"] + columns["beta"]
+        columns["size_exponent"] = columns["beta"] / total
+        columns["token_exponent"] = columns["alpha"] / total
+        quantiles = [0.5 - level / 2, 0.5 + level / 2]
+        result: dict[str, tuple[float, float]] = {}
+        for name, column in columns.items():
+            low, high = np.quantile(column, quantiles)
+            result[name] = (float(low), float(high))
+        return result
+
+    @property
+    def size_exponent(self) -> float:
+        """Exponent of N*(C) if C is proportional to N D."""
+        return self.beta / (self.alpha + self.beta)
+
+    def optimum(self, flops: float, flops_per_param_token: float = 6.0) -> Optimum:
+        """The best split of ``flops`` = k N D, in closed form (gamma does not move it)."""
+        a, b, _, alpha, beta, _ = self.parameters
+        product = flops / flops_per_param_token
+        log_n = (np.log(alpha / beta) + a - b + beta * np.log(product)) / (alpha + beta)
+        size = float(np.exp(log_n))
+        return Optimum(size, product / size, float(self(size, product / size)))
+
+    def diagnostics(self) -> list[str]:
+        """What is not identified by the data, in sentences; empty if all is well."""
+        notes: list[str] = []
+        columns = list(range(5 + self.free_gamma))
+        _, slopes = _model(np.log(self.num_params), np.log(self.num_tokens))(np.array([self.parameters]))
+        jacobian = slopes[0][:, columns]
+        scaled = jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
+        condition = float(np.linalg.cond(scaled))
+        if condition > 1e4:
+            _, _, directions = np.linalg.svd(scaled)
+            weak = directions[-1]
+            names = [NAMES[n] for n in np.argsort(-np.abs(weak))[:3]]
+            notes.append(
+                f"the parameters {', '.join(names)} can move together almost without changing the fit "
+                f"(condition number {condition:.1e}): trust predictions, not single parameters"
+            )
+        if self.alpha <= 0 or self.beta <= 0:
+            notes.append("an exponent is not positive: the data do not show gains from both size and tokens")
+        ranges = {"num_params": self.num_params, "num_tokens": self.num_tokens}
+        for name, values in ranges.items():
+            if values.max() / values.min() < 4:
+                notes.append(f"{name} spans only a factor of {values.max() / values.min():.1f}")
+        correlation = np.corrcoef(np.log(self.num_params), np.log(self.num_tokens))[0, 1]
+        if abs(correlation) > 0.98:
+            notes.append(f"size and tokens are almost one variable (correlation {correlation:.3f})")
+        if float(np.exp(self.e)) < 0.05 * self.losses.min():
+            notes.append(
+                "the irreducible loss E is practically zero: the data do not reach its neighbourhood"
+            )
+        if self.agreeing_starts == 1:
+            notes.append("only one start reached the best objective: there may be better ones")
+        if self.samples is not None:
+            for name in ("alpha", "beta"):
+                low, high = self.parameter_intervals()[name]
+                if low <= 0 or high > 3 * max(low, 1e-9):
+                    notes.append(f"the 95 % interval of {name} is wide: {low:.3g} to {high:.3g}")
+        return notes
+
+    def _samples(self) -> Array:
+        if self.samples is None:
+            raise ValueError("this fit has no bootstrap samples; make them with bootstrap(fit)")
+        return self.samples
+
+
+def fit_parametric(
+    num_params: Sequence[float] | Array,
+    num_tokens: Sequence[float] | Array,
+    losses: Sequence[float] | Array,
+    *,
+    delta: float = 1e-3,
+    free_gamma: bool = False,
+    starts: int = 512,
+    polish: int = 12,
+    seed: int = 0,
+    extra_starts: Sequence[Sequence[float]] = (),
+) -> ParametricFit:
+    """Fit the law from many starts.
+
+    Args:
+        num_params, num_tokens, losses: N, D and loss of the runs, each (n).
+        delta: of the Huber loss, in ln L.
+        free_gamma: also fit the outer exponent.
+        starts: random starts, from the region of the published grid.
+        polish: how many of the best different ones are polished.
+        seed: of the random starts.
+        extra_starts: further starts (a, b, e, alpha, beta, gamma), such as a neighbouring fit.
+
+    Raises:
+        ValueError: fewer runs than parameters, values that are not positive and finite, or no spread.
+    """
+    n, d, losses = (np.asarray(u, float).ravel() for u in (num_params, num_tokens, losses))
+    if not len(n) == len(d) == len(losses):
+        raise ValueError(f"sizes, tokens and losses differ in number: {len(n)}, {len(d)}, {len(losses)}")
+    require_runs(len(n), 7 + free_gamma, "a parametric fit")
+    for name, values in (("num_params", n), ("num_tokens", d), ("losses", losses)):
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise ValueError(f"{name} must be positive and finite; {int((~(values > 0)).sum())} are not")
+        if np.ptp(values) == 0:
+            raise ValueError(f"all {name} are {values[0]:.4g}, so nothing can be learned about their effect")
+    if not delta > 0:
+        raise ValueError(f"delta must be positive, got {delta}")
+    problem = _Problem(np.log(n), np.log(d), np.log(losses), delta, free_gamma)
+    points = np.concatenate([problem.random_starts(starts, seed), problem.to_local(extra_starts)])
+    points, values = minimize_batch(problem.model, problem.targets, points, delta, iterations=80)
+    best = [problem.polish(points[index]) for index in _distinct(points, values, polish)]
+    objective, point = min(best, key=lambda pair: pair[0])
+    agreeing = sum(value <= objective * (1 + 1e-6) for value, _ in best)
+    return ParametricFit(
+        problem.to_global(point), objective, delta, free_gamma, n, d, losses, agreeing_starts=agreeing
+    )
+
+
+def fit_runs(runs: Table, **options: Any) -> ParametricFit:
+    """:func:`fit_parametric` of a table of runs.
+
+    Raises:
+        ValueError: also if FLOPs were counted in different ways, or at several context lengths or families.
+    """
+    check_one_convention(runs)
+    for name in ("model", "context_length"):
+        if runs[name].nunique() > 1:
+            found = ", ".join(str(value) for value in runs[name].unique())
+            raise ValueError(f"a law belongs to one {name}, the runs have several ({found}); select one")
+    sizes, tokens, losses = (runs[name].to_numpy() for name in ("num_params", "num_tokens", "val_loss"))
+    return fit_parametric(sizes, tokens, losses, **options)
+
+
+def bootstrap(fit: ParametricFit, samples: int = 400, seed: int = 0) -> ParametricFit:
+    """The fit with bootstrap samples: refitted to the runs drawn with replacement, all at once.
+
+    Each sample starts from the fit itself and from two perturbed copies of it, and keeps the best.
+
+    Raises:
+        ValueError: ``samples`` below 2.
+    """
+    if samples < 2:
+        raise ValueError(f"a bootstrap needs at least 2 samples, got {samples}")
+    generator = np.random.default_rng(seed)
+    log_n, log_d, log_loss = (np.log(u) for u in (fit.num_params, fit.num_tokens, fit.losses))
+    problem = _Problem(log_n, log_d, log_loss, fit.delta, fit.free_gamma)
+    count = len(fit.losses)
+    weights = generator.multinomial(count, np.full(count, 1 / count), samples).astype(float)
+    centre = problem.to_local([fit.parameters])[0]
+    tries = []
+    for spread in (0.0, 0.05, 0.15):
+        points = centre * (1 + spread * generator.standard_normal((samples, len(centre))))
+        tries.append(
+            minimize_batch(problem.model, problem.targets, points, fit.delta, weights=weights, iterations=60)
+        )
+    values = np.stack([value for _, value in tries])
+    points = np.stack([point for point, _ in tries])
+    chosen = points[values.argmin(0), np.arange(samples)]
+    return replace(fit, samples=np.array([problem.to_global(point) for point in chosen]))
+
+
+class _Problem:
+    """The objective in local coordinates: ln N, ln D shifted to their means, gamma last and only if free."""
+
+    def __init__(self, log_n: Array, log_d: Array, targets: Array, delta: float, free_gamma: bool) -> None:
+        self.shift_n, self.shift_d = float(log_n.mean()), float(log_d.mean())
+        self.log_n, self.log_d, self.targets = log_n - self.shift_n, log_d - self.shift_d, targets
+        self.delta, self.free_gamma, self.size = delta, free_gamma, 5 + free_gamma
+        self._model = _model(self.log_n, self.log_d)
+
+    def _full(self, points: Array) -> Array:
+        if self.free_gamma:
+            return points
+        return np.concatenate([points, np.ones((len(points), 1))], 1)
+
+    def model(self, points: Array) -> tuple[Array, Array]:
+        predictions, slopes = self._model(self._full(points))
+        return predictions, slopes[..., : self.size]
+
+    def value_and_gradient(self, point: Array) -> tuple[float, Array]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            predictions, slopes = self.model(point[None])
+            residuals = predictions[0] - self.targets
+            value = float(huber(residuals, self.delta).sum())
+            gradient = np.clip(residuals, -self.delta, self.delta) @ slopes[0]
+        return (value, gradient) if np.isfinite(value) else (1e300, np.zeros(self.size))
+
+    def polish(self, point: Array) -> tuple[float, Array]:
+        """Quasi-Newton with the analytic gradient, restarted until nothing is gained."""
+        from scipy.optimize import minimize
+
+        value = self.value_and_gradient(point)[0]
+        for _ in range(6):
+            scale = max(value, 1e-300)  # values near 1 suit the stopping rules
+            result = minimize(
+                lambda p, scale=scale: tuple(u / scale for u in self.value_and_gradient(p)),
+                point,
+                jac=True,
+                method="BFGS",
+                options={"gtol": 1e-9, "maxiter": 800},
+            )
+            new = self.value_and_gradient(result.x)[0]
+            if not new < value:
+                break
+            gain, value, point = 1 - new / value, new, result.x
+            if gain < 1e-9:
+                break
+        return value, point
+
+    def random_starts(self, count: int, seed: int) -> Array:
+        """Exponents from the published grid's range; the two terms and E as plausible shares of the loss."""
+        generator = np.random.default_rng(seed)
+        level = self.targets.mean()
+        alpha, beta = generator.uniform(0.02, 1.2, (2, count))
+        gamma = (
+            np.exp(generator.uniform(np.log(0.08), np.log(8.0), count)) if self.free_gamma else np.ones(count)
+        )
+        share = generator.uniform(0.1, 0.95, count)  # of the reducible part in the loss
+        part = generator.uniform(0.05, 0.95, count)  # of the size term in the reducible part
+        inner = (level + np.log(share)) / gamma
+        columns = [inner + np.log(part), inner + np.log1p(-part), level + np.log1p(-share), alpha, beta]
+        return np.stack(columns + ([gamma] if self.free_gamma else []), 1)
+
+    def to_local(self, points: Sequence[Sequence[float]] | Array) -> Array:
+        local = np.array(points, float).reshape(-1, 6)
+        local[:, 0] -= local[:, 3] * self.shift_n
+        local[:, 1] -= local[:, 4] * self.shift_d
+        return local[:, : self.size]
+
+    def to_global(self, point: Array) -> tuple[float, float, float, float, float, float]:
+        a, b, e, alpha, beta, *gamma = (float(u) for u in point)
+        return (
+            a + alpha * self.shift_n, b + beta * self.shift_d, e, alpha, beta, gamma[0] if gamma else 1.0
+        )  # fmt: skip
+
+
+def _log_loss(points: Array, log_n: Any, log_d: Any) -> Array:
+    """ln L, (S, n), of parameters (S, 6) at (n) points."""
+    a, b, e, alpha, beta, gamma = (points[:, [column]] for column in range(6))
+    inner = np.logaddexp(a - alpha * np.asarray(log_n), b - beta * np.asarray(log_d))
+    return np.logaddexp(gamma * inner, e)
+
+
+def _model(log_n: Array, log_d: Array) -> Any:
+    """Predictions and derivatives at fixed points, for :func:`minimize_batch`."""
+
+    def evaluate(points: Array) -> tuple[Array, Array]:
+        a, b, e, alpha, beta, gamma = (points[:, [column]] for column in range(6))
+        u, v = a - alpha * log_n, b - beta * log_d
+        inner = np.logaddexp(u, v)
+        outer = gamma * inner
+        logs = np.logaddexp(outer, e)
+        reducible = np.exp(outer - logs)
+        by_size = gamma * reducible * np.exp(u - inner)
+        by_tokens = gamma * reducible * np.exp(v - inner)
+        slopes = np.stack(
+            [by_size, by_tokens, 1 - reducible, -by_size * log_n, -by_tokens * log_d, reducible * inner], -1
+        )
+        return logs, slopes
+
+    return evaluate
+
+
+def _distinct(points: Array, values: Array, count: int) -> list[int]:
+    """Indices of the best points, without those that ended where a better one did."""
+    kept: list[int] = []
+    for index in np.argsort(values):
+        if not np.isfinite(values[index]):
+            break
+        if all(np.abs(points[index] - points[other]).max() > 1e-4 for other in kept):
+            kept.append(int(index))
+        if len(kept) == count:
+            break
+    return kept or [int(np.argmin(values))]

@@ -13,6 +13,7 @@ from openxlstm.runtime import atomic_write_bytes
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAINING, VALIDATION = "#2f6fde", "#d9480f"
 BASELINES = ("#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d")
+COLORS = (TRAINING, VALIDATION, *BASELINES)
 
 
 def plot_loss_curve(
@@ -71,17 +72,148 @@ def plot_loss_curve(
     axes.set_xlim(left=0)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", color=INK)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GRID)
+    _style(axes)
     if title:
         axes.set_title(title, loc="left", color=INK, fontweight="bold")
     axes.legend(frameon=False, labelcolor=INK)
 
     output = Path(output)
+    _write(figure, output)
+    return output
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    output: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    title: str | None = None,
+    x_log: bool = False,
+    y_log: bool = False,
+    y_limits: tuple[float, float] | None = None,
+) -> Path:
+    """Draw named lines of (x, y) points, with optional bands of (x, low, high) under the same names.
+
+    Args:
+        lines: name to points, drawn in order.
+        output: image file; the suffix decides the format.
+        x_label, y_label, title: texts.
+        bands: uncertainty around lines.
+        x_log, y_log: logarithmic axes; ``x`` to base 2.
+        y_limits: range of the vertical axis.
+
+    Raises:
+        ValueError: no points at all.
+        ImportError: matplotlib is not installed.
+    """
+    if not any(lines.values()):
+        raise ValueError("there are no points to draw")
+    figure, axes = _canvas((8.5, 5.0))
+    for index, (name, points) in enumerate(lines.items()):
+        color, dashes = COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.plot(
+            xs, ys, dashes, color=color, linewidth=1.6, marker="o" if len(xs) < 24 else "", markersize=3.5
+        )
+        axes.lines[-1].set_label(name)
+        for x, low, high in (bands or {}).get(name, ()):
+            axes.plot([x, x], [low, high], color=color, linewidth=1.2, alpha=0.6)
+    if x_log:
+        axes.set_xscale("log", base=2)
+    if y_log:
+        axes.set_yscale("log")
+    if y_limits:
+        axes.set_ylim(*y_limits)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    _style(axes)
+    if title:
+        axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    if len(lines) > 1 or "" not in lines:
+        axes.legend(frameon=False, labelcolor=INK, fontsize="small")
+    return _write(figure, Path(output))
+
+
+def plot_matrix(
+    values: Sequence[Sequence[float | None]],
+    output: str | Path,
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    x_label: str = "",
+    y_label: str = "",
+    title: str | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+    numbers: bool = True,
+) -> Path:
+    """Draw a matrix as coloured cells, light to dark; None is a missing value.
+
+    Args:
+        values: rows of numbers.
+        output: image file; the suffix decides the format.
+        rows, columns: labels; none leaves the axis without.
+        x_label, y_label, title: texts.
+        limits: values of the lightest and the darkest colour.
+        numbers: write the value into each cell.
+
+    Raises:
+        ValueError: no values.
+        ImportError: matplotlib is not installed.
+    """
+    if not values or not values[0]:
+        raise ValueError("there are no values to draw")
+    width, height = len(values[0]), len(values)
+    size = (2.4 + 0.95 * width, 1.4 + 0.42 * height) if numbers else (8.5, 4.2)
+    figure, axes = _canvas(size)
+    cells = [[float("nan") if value is None else value for value in row] for row in values]
+    image = axes.imshow(cells, cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    if numbers:
+        middle = (limits[0] + limits[1]) / 2
+        for r, row in enumerate(values):
+            for c, value in enumerate(row):
+                if value is not None:
+                    color = "white" if value > middle else INK
+                    axes.text(c, r, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
+    else:
+        figure.colorbar(image, ax=axes)
+    for labels, ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
+        if labels:
+            ticks(range(len(labels)), labels)
+    if columns:
+        axes.tick_params(axis="x", rotation=30 if max(map(len, columns)) > 8 else 0)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    _style(axes, grid=False)
+    if title:
+        axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    return _write(figure, Path(output))
+
+
+def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure without a display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _style(axes: Any, *, grid: bool = True) -> None:
+    """Quiet axes."""
+    if grid:
+        axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+
+
+def _write(figure: Any, output: Path) -> Path:
+    """Save the figure in the format that the suffix names, PNG without one."""
     image = io.BytesIO()
     figure.savefig(image, format=output.suffix.lstrip(".") or "png")
     atomic_write_bytes(output, image.getvalue())

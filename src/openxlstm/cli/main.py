@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "train": "train a model from a recipe; resume a run",
     "generate": "continue a prompt, or a file of prompts",
     "chat": "talk to a model",
+    "eval": "measure state tracking, recall, long context, language modelling; compare networks",
     "convert": "convert a checkpoint between the published layouts",
     "inspect": "show what a checkpoint or a recipe's model is made of",
     "doctor": "show this machine: versions, backends, measured speed",

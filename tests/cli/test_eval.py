@@ -1,0 +1,67 @@
+"""``openxlstm eval``: every evaluation on small settings, and its mistakes as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openxlstm.cli.eval import EVALUATIONS
+
+TINY = ("--steps", "2", "--batch-size", "2")
+
+
+@pytest.mark.parametrize("name", list(EVALUATIONS))
+def test_help_of_an_evaluation(cli: Callable, name: str) -> None:
+    code, out, err = cli("eval", name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: openxlstm eval {name}")
+    assert "examples:" in out
+
+
+def test_listing(cli: Callable) -> None:
+    out = cli("eval").out
+    for name in EVALUATIONS:
+        assert f"\n  {name} " in out
+    out = cli("eval", "tasks").out
+    for name in ("parity", "mqar-256", "slstm-no-recurrence", "mamba"):
+        assert f"\n  {name} " in out
+
+
+def test_one_task(cli: Callable, tmp_path: Path) -> None:
+    words = ("eval", "task", "even-pairs", "--model", "lstm", "--width", "8", *TINY)
+    result = cli(*words, "--test-lengths", "5", "9", "--output", tmp_path)
+    assert result.code == 0
+    assert "| lstm  |" in result.out
+    assert "accuracy 5-9" in result.out
+
+
+def test_comparison(cli: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("eval", "compare", "--models", "slstm", "gru", "--tasks", "copying", "--parameters", "3000")
+    words = (*words, *TINY, "--seeds", "2", "--processes", "1", "--output", str(tmp_path))
+    result = cli(*words)
+    assert result.code == 0, result.err
+    assert "### copying: 2 steps, 2 seeds" in result.out
+    assert (tmp_path / "report.html").is_file()
+    assert "4 of 4 trials are done already" in cli(*words).err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["state-trakcing"], "unknown evaluation 'state-trakcing'. Did you mean 'state-tracking'?"),
+        (["task", "parrity"], "unknown task 'parrity'. Did you mean 'parity'?"),
+        (["task", "parity", "--model", "ltsm"], "unknown model 'ltsm'. Did you mean 'lstm'?"),
+        (["task", "majority", "--train-lengths", "4", "4"], "no strings of length 4"),
+        (["task", "parity", "--protocol", "first"], "has no protocol 'first'"),
+        (["task", "parity", "--steps", "0"], "steps must be at least 1"),
+        (["compare", "--seeds", "0"], "seeds must be at least 1"),
+        (["compare", "--tasks", "sort"], "unknown task 'sort'"),
+        (["compare", "--parameters", "10"], "too few"),
+        (["state-tracking", "--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_mistakes(mistake: Callable, words: list[str], text: str) -> None:
+    assert text in mistake("eval", *words, code=[2])

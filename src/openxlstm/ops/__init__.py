@@ -5,6 +5,7 @@ from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.advance import mlstm_advance
 from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
 from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
+from openxlstm.ops.quantization import quantized_linear
 from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "mlstm_advance",
     "mlstm_initial_state",
     "mlstm_step",
+    "quantized_linear",
     "reset_from_cu_seqlens",
     "reset_from_document_ids",
     "rnn",

@@ -15,6 +15,7 @@ int oxl_mlstm_step(int isa, int threads, oxl::MlstmStep *args);
 int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args);
 int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args);
 int oxl_product(int isa, int threads, oxl::Product *args);
+int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args);
 }
 
 typedef std::vector<float> Floats;
@@ -94,6 +95,32 @@ static void product(Random &random, int isa) {
     oxl_product(isa, 1 + static_cast<int>(random.below(3)), &a);
 }
 
+static void quantized(Random &random, int isa) {
+    oxl::Weight w = {};
+    w.rows = 1 + random.below(70), w.columns = 1 + random.below(random.below(10) ? 200 : 5000);
+    w.kind = random.below(2) ? oxl::WEIGHT_INT8 : oxl::WEIGHT_INT4, w.group = random.below(2) ? 32 : 64;
+    const int64_t batch = 1 + random.below(20), padded = oxl::round_up(w.columns, w.group);
+    const int64_t offset = random.below(3);  // weights begin anywhere in a file
+    std::vector<uint8_t> codes(offset + (w.kind == oxl::WEIGHT_INT8 ? w.rows * w.columns : w.rows * padded / 2));
+    for (auto &c : codes) c = static_cast<uint8_t>(random.below(256));
+    const Floats wide = random.floats(w.rows);
+    std::vector<uint16_t> half(w.rows * padded / w.group);
+    for (auto &h : half) h = static_cast<uint16_t>(random.below(1 << 14));
+    w.data = codes.data() + offset;
+    w.scales = w.kind == oxl::WEIGHT_INT8 ? static_cast<const void *>(wide.data()) : half.data();
+    Floats x = random.floats(batch * w.columns);
+    if (!random.below(4)) x[random.below(static_cast<int64_t>(x.size()))] = random.below(2) ? 1e38f : 0.0f / 0.0f;
+    Floats y(batch * w.rows);
+    const int threads = 1 + static_cast<int>(random.below(3));
+    oxl::Product rows = {};
+    rows.weight = w, rows.x = x.data(), rows.y = y.data(), rows.batch = batch;
+    rows.x_stride = w.columns, rows.y_stride = w.rows;
+    oxl_product(isa, threads, &rows);
+    oxl::QuantizedProduct a = {};
+    a.weight = w, a.x = x.data(), a.y = y.data(), a.batch = batch, a.limit = random.below(2) ? 127.0f : 32767.0f;
+    oxl_quantized_product(isa, threads, &a);
+}
+
 static void fuzz(unsigned seed, int rounds) {
     Random random{std::mt19937(seed)};
     for (int round = 0; round < rounds; ++round)
@@ -102,6 +129,7 @@ static void fuzz(unsigned seed, int rounds) {
             step(random, isa);
             rnn(random, isa);
             product(random, isa);
+            quantized(random, isa);
         }
 }
 

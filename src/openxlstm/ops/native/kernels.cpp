@@ -2,6 +2,7 @@
 // choosing it.
 #include "mlstm_step.h"
 #include "products.h"
+#include "quantized_prefill.h"
 #include "rnn.h"
 
 #define OXL_JOIN2(a, b) a##b
@@ -10,5 +11,6 @@
 #define OXL_STRING(a) OXL_STRING2(a)
 
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
-    OXL_STRING(OXL_ISA), TILE, mlstm_step, pack, rnn_forward, rnn_backward, product,
+    OXL_STRING(OXL_ISA), TILE, mlstm_step, pack, rnn_forward, rnn_backward, product, quantize_activations,
+    quantized_product,
 };

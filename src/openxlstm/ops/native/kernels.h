@@ -67,6 +67,20 @@ struct Product {
     int64_t batch, x_stride, y_stride, rows_per_task;
 };
 
+// The same with a quantised weight (int8 or int4) and activations rounded to integers -limit .. limit, limit at most
+// 32767. x (batch, columns) and y (batch, rows) have no gaps; codes (batch, stride) and scales (batch) are working space
+// that the library provides, stride being columns rounded up to a multiple of 64.
+struct QuantizedProduct {
+    Weight weight;
+    const float *x;
+    float *y;
+    int64_t batch;
+    float limit;
+    int16_t *codes;
+    float *scales;
+    int64_t stride, rows_per_task;
+};
+
 struct Kernels {
     const char *name;
     int64_t tile;  // columns of a packed weight tile
@@ -75,6 +89,8 @@ struct Kernels {
     void (*rnn_forward)(const Rnn &, int64_t task, float *scratch);
     void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);
     void (*product)(const Product &, int64_t task, float *scratch);
+    void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
+    void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -131,3 +131,17 @@ OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
     a.rows_per_task = oxl::round_up((a.weight.rows + tasks - 1) / tasks, 8);
     return run(a, TABLE[isa]->product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
 }
+
+OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args) {
+    oxl::QuantizedProduct a = *args;
+    if (threads < 1) threads = 1;
+    a.stride = oxl::round_up(a.weight.columns, 64);
+    const Buffer space(oxl::round_up(a.batch, 16) + (a.batch * a.stride + 1) / 2);
+    if (!space.data) return 1;
+    a.scales = space.data;
+    a.codes = reinterpret_cast<int16_t *>(space.data + oxl::round_up(a.batch, 16));
+    a.rows_per_task = a.batch > 8 ? 8 : a.batch;
+    run(a, TABLE[isa]->quantize_activations, (a.batch + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
+    a.rows_per_task = oxl::round_up((a.weight.rows + 8 * threads - 1) / (8 * threads), a.batch > 8 ? 64 : 8);
+    return run(a, TABLE[isa]->quantized_product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
+}

@@ -9,6 +9,7 @@
 
 #include "bfloat16.h"
 #include "kernels.h"
+#include "quantized_products.h"
 #include "vector.h"
 
 namespace {
@@ -68,6 +69,9 @@ void multiply_dense(const T *w, int64_t columns, int64_t row, int64_t row_end, c
 void multiply_rows(const oxl::Weight &w, int64_t row_begin, int64_t row_end, const float *x, int64_t x_stride,
                    int64_t batch, float *y, int64_t y_stride) {
     switch (w.kind) {
+        case oxl::WEIGHT_INT8:
+        case oxl::WEIGHT_INT4:
+            return multiply_quantized(w, row_begin, row_end, x, x_stride, batch, y, y_stride);
         case oxl::WEIGHT_BF16:
             return multiply_dense(static_cast<const bf16 *>(w.data), w.columns, row_begin, row_end, x, x_stride, batch,
                                   y, y_stride);

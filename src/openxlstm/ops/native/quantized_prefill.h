@@ -1,0 +1,147 @@
+// Products of quantised matrices with many vectors, the work of reading prompts: a tile of 16 rows is expanded to 16-bit
+// integers once, in pairs of columns, and meets the codes of all vectors (activations.h) from the second-level cache.
+//
+//     acc[r] += panel[c][r] code[t][c] + panel[c + 1][r] code[t][c + 1]     one instruction for eight rows
+//
+// Twice the multiplications of float32 per instruction. Sums of a section of at most SECTION columns are exact
+// integers; sections, or the groups of int4, are added in float32.
+#pragma once
+
+#include "quantized_products.h"
+
+namespace {
+
+constexpr int64_t SECTION = 512, TILE_ROWS = 16, PANELS = 4;
+
+#if defined(__AVX2__)
+
+// 16 rows x n columns (n even) of `codes` as pairs: panel[(c / 2) * 32 + r * 2 + c % 2]; rows beyond `rows` are zero.
+inline void expand_int8(const int8_t *w, int64_t row_stride, int64_t rows, int64_t n, int64_t padded, int16_t *panel) {
+    for (int64_t r = 0; r < TILE_ROWS; ++r)
+        for (int64_t c = 0; c < padded; ++c)
+            panel[(c / 2) * 32 + r * 2 + c % 2] = r < rows && c < n ? w[r * row_stride + c] : 0;
+}
+
+inline void expand_int4(const uint8_t *w, int64_t row_bytes, int64_t rows, int64_t padded, int16_t *panel) {
+    for (int64_t r = 0; r < TILE_ROWS; ++r)
+        for (int64_t c = 0; c < padded; ++c) {
+            const int byte = r < rows ? w[r * row_bytes + c / 32 * 16 + c % 16] : 0x88;
+            panel[(c / 2) * 32 + r * 2 + c % 2] = static_cast<int16_t>((c % 32 < 16 ? byte & 15 : byte >> 4) - 8);
+        }
+}
+
+// to0, to1 += low, high times the pair of codes at p. Written out because compilers reorder twelve of these until the
+// sums no longer fit into registers.
+inline void add_pair(__m256i &to0, __m256i &to1, __m256i low, __m256i high, const int16_t *p) {
+    __m256i pair, product;
+    __asm__("vpbroadcastd %6, %2\n\tvpmaddwd %2, %4, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %1, %1"
+            : "+x"(to0), "+x"(to1), "=&x"(pair), "=&x"(product)
+            : "x"(low), "x"(high), "m"(*reinterpret_cast<const int16_t(*)[2]>(p)));
+}
+
+// One panel for TOKENS vectors over n columns in groups of `group`; scales (groups, 16).
+template <int TOKENS>
+inline void multiply_panel(const int16_t *panel, const float *scales, int64_t n, int64_t group, const Codes &x,
+                           float *y, int64_t y_stride, int64_t rows, bool add) {
+    __m256 sum[TOKENS][2] = {};
+    for (int64_t c = 0; c < n; scales += TILE_ROWS) {
+        const int64_t end = c + group < n ? c + group : n;
+        __m256i dot[TOKENS][2] = {};
+        for (; c < end; c += 2) {
+            const __m256i low = load16(panel + c * TILE_ROWS), high = load16(panel + c * TILE_ROWS + 16);
+            unrolled<TOKENS>([&](auto t) { add_pair(dot[t][0], dot[t][1], low, high, x.codes + t * x.stride + c); });
+        }
+        const __m256 scale[2] = {_mm256_loadu_ps(scales), _mm256_loadu_ps(scales + 8)};
+        unrolled<TOKENS>([&](auto t) {
+            sum[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][0]), scale[0], sum[t][0]);
+            sum[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][1]), scale[1], sum[t][1]);
+        });
+    }
+    unrolled<TOKENS>([&](auto t) {
+        float *to = y + t * y_stride;
+        alignas(32) float out[TILE_ROWS] = {};
+        if (add) __builtin_memcpy(out, to, 4 * rows);
+        const __m256 scale = _mm256_set1_ps(x.scales[t]);
+        _mm256_store_ps(out, _mm256_fmadd_ps(sum[t][0], scale, _mm256_load_ps(out)));
+        _mm256_store_ps(out + 8, _mm256_fmadd_ps(sum[t][1], scale, _mm256_load_ps(out + 8)));
+        __builtin_memcpy(to, out, 4 * rows);
+    });
+}
+
+// Rows begin .. end - 1 for all vectors.
+void multiply_many(const oxl::Weight &w, int64_t begin, int64_t end, const Codes &x, int64_t batch, float *y,
+                   int64_t y_stride) {
+    alignas(64) int16_t panels[PANELS * TILE_ROWS * SECTION];
+    alignas(64) float scales[PANELS * TILE_ROWS * (SECTION / 32)];
+    const int64_t width = oxl::round_up(padded_columns(w), 2), group = w.kind == oxl::WEIGHT_INT4 ? w.group : SECTION;
+    for (int64_t row = begin; row < end; row += PANELS * TILE_ROWS)
+        for (int64_t first = 0; first < width; first += SECTION) {
+            const int64_t n = width - first < SECTION ? width - first : SECTION, groups = (n + group - 1) / group;
+            const int64_t count = (end - row < PANELS * TILE_ROWS ? end - row : PANELS * TILE_ROWS);
+            for (int64_t p = 0; p * TILE_ROWS < count; ++p) {
+                const int64_t r = row + p * TILE_ROWS, rows = end - r < TILE_ROWS ? end - r : TILE_ROWS;
+                int16_t *panel = panels + p * TILE_ROWS * SECTION;
+                float *scale = scales + p * TILE_ROWS * (SECTION / 32);
+                if (w.kind == oxl::WEIGHT_INT8) {
+                    const int64_t left = w.columns - first < n ? w.columns - first : n;
+                    expand_int8(static_cast<const int8_t *>(w.data) + r * w.columns + first, w.columns, rows, left, n, panel);
+                } else {
+                    expand_int4(static_cast<const uint8_t *>(w.data) + (r * width + first) / 2, width / 2, rows, n, panel);
+                }
+                for (int64_t g = 0; g < groups; ++g)
+                    for (int64_t k = 0; k < TILE_ROWS; ++k) {
+                        float value = 0.0f;
+                        if (k < rows && w.kind == oxl::WEIGHT_INT8)
+                            value = static_cast<const float *>(w.scales)[r + k];
+                        else if (k < rows)
+                            value = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(
+                                static_cast<uint32_t>(static_cast<const uint16_t *>(
+                                    w.scales)[(r + k) * (width / group) + first / group + g]) << 16))));
+                        scale[g * TILE_ROWS + k] = value;
+                    }
+            }
+            for (int64_t t = 0; t < batch;) {
+                const int tokens = batch - t >= 6 ? 6 : batch - t >= 2 ? 2 : 1;
+                const Codes part = {x.codes + t * x.stride + first, x.scales + t, x.stride};
+                for (int64_t p = 0; p * TILE_ROWS < count; ++p) {
+                    const int64_t rows = count - p * TILE_ROWS < TILE_ROWS ? count - p * TILE_ROWS : TILE_ROWS;
+                    const int16_t *panel = panels + p * TILE_ROWS * SECTION;
+                    const float *scale = scales + p * TILE_ROWS * (SECTION / 32);
+                    float *to = y + t * y_stride + row + p * TILE_ROWS;
+                    const auto run = tokens == 6 ? multiply_panel<6> : tokens == 2 ? multiply_panel<2> : multiply_panel<1>;
+                    run(panel, scale, n, group, part, to, y_stride, rows, first > 0);
+                }
+                t += tokens;
+            }
+        }
+}
+
+#else
+
+void multiply_many(const oxl::Weight &w, int64_t begin, int64_t end, const Codes &x, int64_t batch, float *y,
+                   int64_t y_stride) {
+    multiply_codes(w, begin, end, x, batch, y, y_stride);
+}
+
+#endif
+
+// Rounds the activations of rows_per_task vectors.
+void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *) {
+    const int64_t begin = task * a.rows_per_task, end = begin + a.rows_per_task;
+    for (int64_t b = begin; b < end && b < a.batch; ++b) {
+        const float *x = a.x + b * a.weight.columns;
+        const ActivationScale found = activation_scale(x, a.weight.columns, a.limit);
+        a.scales[b] = found.scale;
+        round_activations(x, a.weight.columns, a.stride, found.factor, a.codes + b * a.stride);
+    }
+}
+
+// Rows of the matrix, for all vectors.
+void quantized_product(const oxl::QuantizedProduct &a, int64_t task, float *) {
+    const int64_t begin = task * a.rows_per_task, next = begin + a.rows_per_task;
+    const int64_t end = next < a.weight.rows ? next : a.weight.rows;
+    const Codes x = {a.codes, a.scales, a.stride};
+    (a.batch > 8 ? multiply_many : multiply_codes)(a.weight, begin, end, x, a.batch, a.y, a.weight.rows);
+}
+
+}  // namespace

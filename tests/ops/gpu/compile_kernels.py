@@ -61,13 +61,40 @@ def step(dtype_name: str) -> None:
     triton_decode.advance(q, k, v, i, f, c, n, m, slots, sigmoid=False, normalize=True, eps=1e-6)
 
 
+def rnn(cell: str, dtype_name: str, d: int) -> None:
+    """Training of a recurrent layer of hidden size 768."""
+    import torch
+
+    from openxlstm.ops.rnn.cells import CELLS
+    from openxlstm.ops.rnn.triton_backend import run
+
+    kind, heads, batch = CELLS[cell], 768 // d, 16
+    x = torch.zeros(batch, 2, len(kind.input_gates), heads, d, dtype=getattr(torch, dtype_name))
+    weight = torch.zeros(len(kind.recurrent_gates), heads, d, d, requires_grad=True)
+    bias = torch.zeros(len(kind.bias_gates), heads, d)
+    state = kind.state_type(*(torch.zeros(batch, heads, d) for _ in kind.state_type._fields))
+    h, _ = run(kind, x, weight, bias, state, None, None)
+    h.sum().backward()
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "mlstm-bfloat16": lambda: mlstm("bfloat16"),
     "mlstm-float16": lambda: mlstm("float16"),
     "mlstm-float32": lambda: mlstm("float32"),
     "step-bfloat16": lambda: step("bfloat16"),
+    **{
+        f"{cell}-{d}-{dtype}": lambda cell=cell, dtype=dtype, d=d: rnn(cell, dtype, d)
+        for cell in ("slstm", "lstm", "gru", "elman")
+        for dtype, d in (
+            ("bfloat16", 32),
+            ("bfloat16", 64),
+            ("bfloat16", 128),
+            ("bfloat16", 256),
+            ("float32", 32),
+        )
+    },
 }
-ORDINARY = ("mlstm-bfloat16", "step-bfloat16")
+ORDINARY = ("mlstm-bfloat16", "step-bfloat16", "slstm-64-bfloat16")
 """Compiled by the ordinary tests; the others by the slow ones."""
 
 
@@ -195,7 +222,7 @@ def main() -> None:
     chosen = [arguments.only] if arguments.only else list(SCENARIOS)
     if arguments.target and len(chosen) == 1 and not arguments.write:
         for row in compile_scenario(arguments.target, chosen[0]):
-            print(json.dumps(row))
+            print(json.dumps(row, default=str))
         return
     import triton
 

@@ -103,3 +103,19 @@ def mlstm(device: torch.device, dtype: torch.dtype) -> MLSTM:
 def step(device: torch.device) -> Tiles:
     """Tiles of the step kernel: 64 x 32 of C per turn, so 128 bytes per row."""
     return Tiles(k=64, v=32, warps=4, stages=2)
+
+
+def fused_head_dim(device: torch.device, dtype: torch.dtype) -> int:
+    """Largest head dimension of the recurrent operator whose matrices stay on the chip without spilling.
+
+    At 128 four bfloat16 matrices take 128 KB: the shared memory of an NVIDIA multiprocessor holds them, the
+    64 KB of an AMD compute unit do not. Without tensor cores float32 operands stay in registers.
+    """
+    if dtype == torch.float32:
+        return 32
+    return 64 if architecture(device).startswith("gfx") else 128
+
+
+def rnn(width: int) -> Tiles:
+    """Warps of the recurrent kernels for tiles of ``width`` dimensions: enough registers for the matrices."""
+    return Tiles(warps=8 if width > 64 else 4, stages=1)

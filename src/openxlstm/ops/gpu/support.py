@@ -91,6 +91,11 @@ def kernel(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"openxlstm.ops.{module}"), name)
 
 
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    return getattr(importlib.import_module("triton.language"), str(dtype).removeprefix("torch."))
+
+
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension is contiguous, as kernels need; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

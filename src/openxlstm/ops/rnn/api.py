@@ -10,8 +10,9 @@ from torch import Tensor
 
 from openxlstm.config import nearest_name
 from openxlstm.ops import dispatch
+from openxlstm.ops.gpu import support
 from openxlstm.ops.packing import check_boundaries
-from openxlstm.ops.rnn import native, reference, scan
+from openxlstm.ops.rnn import native, reference, scan, triton_backend
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.documents import run_documents
 from openxlstm.state import ElmanState, GRUState, LSTMState, map_state, sLSTMState
@@ -36,6 +37,24 @@ dispatch.register(
 )
 dispatch.register(
     "rnn", "recurrent", reference.recurrent, priority=0, description="the definition, a loop autograd follows"
+)
+dispatch.register(
+    "rnn",
+    "triton",
+    triton_backend.run,
+    priority=30,
+    refuse=support.refuse,
+    automatic=support.automatic,
+    description="GPU kernels, recurrent matrices on the chip up to a head dimension of 128",
+)
+dispatch.register(
+    "rnn_step",
+    "triton",
+    triton_backend.step,
+    priority=30,
+    refuse=support.refuse,
+    automatic=support.automatic,
+    description="GPU kernels, one launch per token up to a head dimension of 128",
 )
 dispatch.register(
     "rnn_step", "recurrent", reference.step, priority=10, description="the definition, one token"

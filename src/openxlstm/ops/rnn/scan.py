@@ -105,7 +105,7 @@ def _drops(reset: Tensor | None, time: int) -> list[Tensor | None]:
     return [row if some else None for row, some in zip(rows, reset.any(0).tolist(), strict=True)]
 
 
-def _fill_inputs(cell: Cell, gates: Tensor, x: Tensor, bias: Tensor | None) -> None:
+def fill_inputs(cell: Cell, gates: Tensor, x: Tensor, bias: Tensor | None) -> None:
     """Write input and bias into gates (H, T, B, G_b, D): the pre-activations but for the recurrent part."""
     first = gates.shape[3] - x.shape[2]  # slots before it have no input (the GRU's g)
     inputs = x.permute(3, 1, 0, 2, 4)
@@ -132,7 +132,7 @@ def _forward(
     kind = CELLS[cell]
     with torch.autocast(x.device.type, enabled=False):
         hs, gates, memory, factors = new_buffers(kind, x, weight.dtype)
-        _fill_inputs(kind, gates, x, bias)
+        fill_inputs(kind, gates, x, bias)
         hs[:, 0] = state[0]
         matrices = _matrices(weight).mT  # (H, D_in, G_r * D_out)
         recurrent = gates.flatten(3)[..., : matrices.shape[2]].unbind(1)
@@ -242,6 +242,7 @@ def _backward_shapes(
     memory: Tensor,
     factors: Tensor,
     normalizer_floor: float | None,
+    product: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, _, batch, _, d = gates.shape
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -258,17 +259,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.has_bias, ctx.options = bias is not None, len(options)
 
 
-def register_gradient(forward: CustomOpDef, backward: CustomOpDef) -> None:
+def register_gradient(forward: CustomOpDef, backward: CustomOpDef, *, typed: bool = False) -> None:
     """Tell PyTorch the shapes of both operators (arguments as above; forward may add ``keep``) and that one
-    is the gradient of the other."""
+    is the gradient of the other. A ``typed`` backward also takes the dtype of x."""
 
     def differentiate(ctx: Any, d_h: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Any, ...]:
         weight, reset, hs, gates, memory, factors = ctx.saved_tensors
         if d_h is None:
             heads, time, batch, _, d = gates.shape
             d_h = gates.new_zeros((batch, time, heads, d))
+        product = (ctx.x_dtype,) if typed else ()
         d_gates, d_weight, d_state = backward(
-            ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor
+            ctx.cell, d_h, d_last, weight, reset, hs, gates, memory, factors, ctx.floor, *product
         )
         d_x = d_gates[:, :, :, gates.shape[3] - ctx.gates :].permute(2, 1, 3, 0, 4).to(ctx.x_dtype)
         d_bias = d_gates.sum((1, 2)).transpose(0, 1) if ctx.has_bias else None

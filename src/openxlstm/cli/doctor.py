@@ -40,6 +40,12 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     print(render_report(report), end="")
     print(f"native kernels: {native['reason'] or native['isa'] + ', ' + native['path']} ({native['tier']})")
+    if native["reason"] is None:
+        sets = ", ".join(native["isas"])
+        print(f"  instruction sets: {sets} (OPENXLSTM_ISA chooses), {native['threads']} threads")
+        print("  decoding: native engine, for float32 and bfloat16 xLSTM models on the CPU")
+    else:
+        print("  decoding: the model's own steps in PyTorch, several times slower")
     print(f"backends on {device}:")
     for lines in backends.values():
         print("\n".join(f"  {line}" for line in lines))

@@ -9,6 +9,7 @@ Batches and what holds in them:
   used up (or all rows have ended), because leaving would change the shape of the others' matrix products, and
   with it their rounding, at a moment that depends on its content. For the same reason prompts are read alone.
 - Alone and in a batch, a row agrees to rounding error, hence in greedy tokens (ties within rounding aside).
+  With the native decode engine, the default on CPUs, it agrees bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from torch import Tensor, nn
 
@@ -64,9 +65,13 @@ class Generator:
         tokenizer: its tokenizer; ``None`` for token ids only.
         prefill_chunk: tokens of a prompt that are read at once; bounds the memory of a long prompt.
         max_batch_size: prompts that step together; longer lists are worked off in groups of this size.
+        decode: what writes tokens: ``"engine"`` is the native decode engine of CPUs, where a row's result
+            does not depend on the batch at all; ``"model"`` the model's own step; ``"auto"`` the engine where
+            it can. ``runner.explain()`` says which it is, and why.
 
     Raises:
-        ValueError: ``model`` is not a language model, or a size is not positive.
+        ValueError: ``model`` is not a language model, a size is not positive, or the engine was asked for and
+            cannot run this model.
 
     Example:
         >>> for piece in Generator(model, tokenizer).stream("Once upon a time", max_new_tokens=100):
@@ -80,10 +85,11 @@ class Generator:
         *,
         prefill_chunk: int = 512,
         max_batch_size: int = 32,
+        decode: Literal["auto", "engine", "model"] = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        self.runner = ModelRunner(model, prefill_chunk)
+        self.runner = ModelRunner(model, prefill_chunk, decode)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
 
@@ -275,13 +281,13 @@ class Generator:
             rows.append(Continuation(list(prompt), sampler, text, eos_id))
         texts = [""] * len(rows)
         places = list(range(len(rows)))  # row of each place in the stacked state
-        state = self._read(prompts)
+        state = self.runner.hold(self._read(prompts))
         steps = 0
         while any(row.finish_reason is None for row in rows):
             staying = [n for n, row in enumerate(places) if configs[row].max_new_tokens > steps]
             if len(staying) < len(places):
                 places, state = [places[n] for n in staying], state.select(staying)
-            logits, state = self.runner.step([rows[row].tokens[-1] for row in places], state)
+            logits, state = self.runner.advance([rows[row].tokens[-1] for row in places], state, reuse=True)
             for row, row_logits in zip(places, logits, strict=True):
                 if rows[row].finish_reason is None:
                     texts[row] += rows[row].accept(row_logits)

@@ -3,7 +3,7 @@
 A recurrent model reads a prompt of any length with the memory of one piece: each piece goes through the
 parallel (chunkwise) form and hands its state to the next. After that every token costs the same time and
 memory, however long the text has become. All but the last token of a prompt are read this way; the last one
-is the first decode step.
+is the first decode step. On CPUs the native decode engine takes those steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openxlstm.config import nearest_name
+from openxlstm.inference.engine import DecodeEngine, HeldState, fingerprint, why_not
+from openxlstm.ops.native import loader
 from openxlstm.state import ModelState
+
+DECODERS = ("auto", "engine", "model")
+
+State = ModelState | HeldState
+"""A state while tokens are written: a value, or held in slots of the decode engine."""
 
 
 class ModelRunner:
@@ -26,12 +34,15 @@ class ModelRunner:
         model: a language model (``vocab_size``, ``read``, ``step``, ``initial_state``). Its training flags
             are restored after every call.
         prefill_chunk: tokens of a prompt that are read at once; bounds the memory of a long prompt.
+        decode: what writes tokens: ``"engine"``, the native decode engine of CPUs; ``"model"``, the model's
+            own step; ``"auto"``, the engine where it can.
 
     Raises:
-        ValueError: ``model`` is not a language model, or ``prefill_chunk`` is not positive.
+        ValueError: ``model`` is not a language model, ``prefill_chunk`` is not positive, or ``decode`` is
+            unknown or asks for an engine that cannot run this model.
     """
 
-    def __init__(self, model: nn.Module, prefill_chunk: int = 512) -> None:
+    def __init__(self, model: nn.Module, prefill_chunk: int = 512, decode: str = "auto") -> None:
         missing = [n for n in ("vocab_size", "read", "step", "initial_state") if not hasattr(model, n)]
         if not isinstance(model, nn.Module) or missing:
             raise ValueError(
@@ -40,8 +51,15 @@ class ModelRunner:
             )
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1 token, got {prefill_chunk}")
+        if decode not in DECODERS:
+            hint = nearest_name(decode, DECODERS)
+            raise ValueError(f"decode must be one of {', '.join(DECODERS)}, got {decode!r}.{hint}")
         self.model: Any = model
         self.prefill_chunk = prefill_chunk
+        self.decode = decode
+        self._engine: DecodeEngine | None = None
+        if decode == "engine" and (reason := why_not(model)) is not None:
+            raise ValueError(f"the decode engine cannot run this model: {reason}")
 
     @property
     def vocab_size(self) -> int:
@@ -81,8 +99,47 @@ class ModelRunner:
             batch = torch.tensor([list(tokens)], dtype=torch.long, device=self.device)
             return self.model.read(batch, state)
 
+    def engine_refused(self) -> str | None:
+        """Why tokens are written by the model's own step; None if the decode engine writes them."""
+        return "decode='model' was asked for" if self.decode == "model" else why_not(self.model)
+
+    def explain(self) -> str:
+        """One line: what writes tokens, and why."""
+        reason = self.engine_refused()
+        if reason is not None:
+            return f"decoding with the model's own steps in PyTorch: {reason}"
+        status = loader.status()
+        return f"decoding with the native engine: {status.isa}, {status.threads} threads"
+
+    def hold(self, state: State) -> State:
+        """The same state where the next tokens are written: in slots of the decode engine, if it can."""
+        if self.engine_refused() is not None:
+            return self.release(state)
+        if self._engine is None or self._engine.fingerprint != fingerprint(self.model):
+            self._engine = DecodeEngine(self.model)
+        if isinstance(state, HeldState) and state.engine is self._engine:
+            return state
+        return self._engine.open(self.release(state))
+
+    @staticmethod
+    def release(state: State) -> ModelState:
+        """The same state as a value."""
+        return state.state() if isinstance(state, HeldState) else state
+
+    def advance(self, tokens: Sequence[int], state: State, *, reuse: bool = False) -> tuple[Tensor, State]:
+        """One token for every row: logits (B, V) of the next tokens, and the new state.
+
+        Args:
+            tokens: one per row.
+            state: what :meth:`hold` returned, or this method.
+            reuse: the old state is not needed any more.
+        """
+        if isinstance(state, HeldState):
+            return state.engine.step(tokens, state, reuse=reuse)
+        return self.step(tokens, state)
+
     def step(self, tokens: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token for every row: logits (B, V) of the next tokens, and the new state."""
+        """One token for every row through the model: logits (B, V) of the next tokens, and the new state."""
         with self._evaluating():
             batch = torch.tensor(tokens, dtype=torch.long, device=self.device)[:, None]
             logits, state = self.model.step(batch, state)

@@ -21,7 +21,7 @@ import torch
 
 from openxlstm.config import config_from_dict, config_to_dict
 from openxlstm.inference.continuation import Continuation, FinishReason, count_seen, encode_prompt
-from openxlstm.inference.runner import ModelRunner
+from openxlstm.inference.runner import ModelRunner, State
 from openxlstm.inference.sampling import Sampler, SamplingConfig
 from openxlstm.inference.text import TextStream
 from openxlstm.state import ModelState, leaves, load_state, save_state
@@ -35,7 +35,7 @@ FORMAT = "openxlstm session 1"
 class _Anchor(NamedTuple):
     """Where to return to when a stop string is found: ``tokens[:length]`` plus the text given out since."""
 
-    state: ModelState
+    state: State
     length: int
     text: str
 
@@ -50,7 +50,6 @@ class Session:
 
     Attributes:
         tokens: everything read and written so far.
-        state: what the model remembers; has read all tokens but those fed or written last.
         finish_reason: why the last :meth:`stream` ended; ``None`` if it did not, or was left early.
     """
 
@@ -60,7 +59,7 @@ class Session:
         self.runner, self.tokenizer = runner, tokenizer
         self.tokens: list[int] = []
         self.consumed = 0
-        self.state = runner.initial_state()
+        self._state: State = runner.initial_state()
         self.sampler = Sampler(config or SamplingConfig(), runner.vocab_size)
         self.finish_reason: FinishReason | None = None
         self._text = TextStream(tokenizer)
@@ -70,6 +69,11 @@ class Session:
     def config(self) -> SamplingConfig:
         """How tokens are chosen, unless a call says otherwise."""
         return self.sampler.config
+
+    @property
+    def state(self) -> ModelState:
+        """What the model remembers, a copy; it has read all tokens but those fed or written last."""
+        return self.runner.release(self._state)
 
     @property
     def text(self) -> str:
@@ -106,7 +110,7 @@ class Session:
     def _read(self) -> None:
         """Read everything but the last token."""
         for piece in self.runner.pieces(self.tokens[self.consumed : -1]):
-            self.state = self.runner.read(piece, self.state)
+            self._state = self.runner.read(piece, self.runner.release(self._state))
             self.consumed += len(piece)
 
     def stream(self, sampling: SamplingConfig | None = None, **options: Any) -> Iterator[str]:
@@ -145,13 +149,14 @@ class Session:
         run = Continuation(self.tokens, self.sampler, self._text, eos_id)
         self.finish_reason = run.finish_reason
         self._read()
+        self._state = self.runner.hold(self._state)
         while run.finish_reason is None:
             if self._text.settled and self.config.stop:
-                self._anchor = _Anchor(self.state, len(self.tokens), "")
-            logits, state = self.runner.step(self.tokens[-1:], self.state)
+                self._anchor = _Anchor(self._state, len(self.tokens), "")
+            logits, state = self.runner.advance(self.tokens[-1:], self._state)
             piece = run.accept(logits[0])
             if run.finish_reason != "eos":
-                self.state, self.consumed = state, self.consumed + 1
+                self._state, self.consumed = state, self.consumed + 1
             if self._anchor is not None:
                 self._anchor = self._anchor._replace(text=self._anchor.text + piece)
             if run.finish_reason == "stop":
@@ -170,7 +175,7 @@ class Session:
             return
         kept = self.tokenizer.encode(anchor.text, bos=False)
         self.tokens[anchor.length :] = kept
-        self.state, self.consumed = anchor.state, anchor.length - 1
+        self._state, self.consumed = anchor.state, anchor.length - 1
         self._restart_text()
         self._read()
 
@@ -223,7 +228,7 @@ class Session:
         }
         tree = (
             self.state,
-            () if anchor is None else anchor.state,
+            () if anchor is None else self.runner.release(anchor.state),
             torch.tensor(self.tokens, dtype=torch.long),
             self.sampler.generator.get_state(),
             torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8),
@@ -265,7 +270,7 @@ class Session:
         if [t.shape for t in leaves(state)] != [t.shape for t in leaves(session.state)]:
             raise ValueError(f"the session in '{path}' is damaged: its state does not fit the model")
         session.tokens = tokens.tolist()
-        session.state, session.consumed = state, about["consumed"]
+        session._state, session.consumed = state, about["consumed"]
         session.finish_reason = about["finish_reason"]
         session._restart_text()
         session._text = TextStream(tokenizer, session.tokens, config.stop, about["held"])

@@ -42,6 +42,26 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class _Probe(ctypes.Structure):
+    """``Probe`` of native/kernels.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("each", ctypes.c_int64),
+        ("seen", ctypes.c_void_p),
+    )
+
+
+def read_memory(x: Tensor) -> None:
+    """Read ``x``, contiguous float32, from memory as fast as it comes: the bound of decoding.
+
+    Runs on the threads of the native kernels. Those of PyTorch keep spinning for a while after such a call
+    and would disturb what is measured next.
+    """
+    loader.call("oxl_probe", _Probe(x.data_ptr(), x.numel(), 0, None))
+
+
 def dense_weight(weight: Tensor) -> Weight:
     """Describe a matrix (out, in) for the native kernels, in place.
 

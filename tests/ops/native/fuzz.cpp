@@ -2,10 +2,12 @@
 // test_sanitizers.py. Prints "done" at the end.
 #include <cstdint>
 #include <cstdio>
+#include <deque>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "decode.h"
 #include "kernels.h"
 
 extern "C" {
@@ -16,6 +18,9 @@ int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args);
 int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args);
 int oxl_product(int isa, int threads, oxl::Product *args);
 int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args);
+int oxl_probe(int isa, int threads, oxl::Probe *args);
+int oxl_decode_workspace(int isa, int threads, oxl::Decode *args);
+int oxl_decode(int isa, int threads, oxl::Decode *args);
 }
 
 typedef std::vector<float> Floats;
@@ -121,6 +126,94 @@ static void quantized(Random &random, int isa) {
     oxl_quantized_product(isa, threads, &a);
 }
 
+// A model of random blocks; all its numbers lie in exactly sized buffers.
+struct Model {
+    Random &random;
+    std::deque<Floats> kept;
+    std::deque<std::vector<uint16_t>> halves;
+
+    float *floats(int64_t n) { return kept.emplace_back(random.floats(n)).data(); }
+    const float *maybe(int64_t n) { return random.below(2) ? floats(n) : nullptr; }
+    oxl::Weight weight(int64_t rows, int64_t columns) {
+        oxl::Weight w = {static_cast<int32_t>(random.below(2)), 0, rows, columns, nullptr, nullptr};
+        if (w.kind == oxl::WEIGHT_F32) return w.data = floats(rows * columns), w;
+        auto &half = halves.emplace_back(rows * columns);
+        for (auto &h : half) h = static_cast<uint16_t>(0x3c00 + random.below(0x300) + (random.below(2) << 15));
+        return w.data = half.data(), w;
+    }
+    oxl::Linear linear(int64_t rows, int64_t columns) { return {weight(rows, columns), maybe(rows)}; }
+    oxl::Norm norm(int64_t n, int32_t kind) { return {floats(n), maybe(n), 1e-5f, kind}; }
+
+    oxl::Layer layer(int64_t width, int64_t heads, int64_t slots, bool half_state) {
+        oxl::Layer y = {};
+        y.kind = static_cast<int32_t>(random.below(3)), y.heads = heads, y.eps = 1e-6f;
+        y.norm = norm(width, static_cast<int32_t>(random.below(2)));
+        y.taps = y.kind == oxl::LARGE ? 0 : static_cast<int32_t>(random.below(5));
+        int64_t channels = width;
+        if (y.kind == oxl::SLSTM_BLOCK) {
+            y.dv = width / heads, y.cell = static_cast<int32_t>(random.below(2));
+            for (auto *map : {&y.i, &y.f, &y.z, &y.o}) *map = {weight(width, y.dv), nullptr};
+            y.recurrent = {weight(4 * width, y.dv), floats(4 * width)};
+            y.h = floats(slots * width), y.c = floats(slots * width), y.n = floats(slots * width);
+            for (int64_t e = 0; e < slots * width; ++e) y.n[e] = 1 + y.n[e] * y.n[e];
+            y.m = floats(slots * width), y.head_norm = norm(width, oxl::LAYER_NORM);
+        } else {
+            y.block = 1 + random.below(5), y.dv = y.block * (1 + random.below(40));
+            y.dk = y.kind == oxl::LARGE ? 1 + random.below(40) : y.dv;
+            channels = heads * y.dv;
+            const int64_t size = slots * heads * y.dk * y.dv;
+            y.c = half_state ? static_cast<void *>(halves.emplace_back(size).data()) : floats(size);
+            y.n = floats(slots * heads * y.dk), y.m = floats(slots * heads);
+            y.head_norm = norm(channels, oxl::LAYER_NORM), y.out = linear(width, channels);
+        }
+        if (y.kind == oxl::LARGE) {
+            y.gate_cap = random.below(2) ? 15.0f : 0.0f;
+            y.q = linear(heads * y.dk, width), y.k = linear(heads * y.dk, width), y.v = linear(channels, width);
+            y.o = linear(channels, width), y.i = linear(heads, width), y.f = linear(heads, width);
+        } else if (y.kind == oxl::MLSTM_BLOCK) {
+            y.up = linear(channels, width), y.z = linear(channels, width), y.skip = floats(channels);
+            y.i = {weight(heads, 3 * channels), floats(heads)}, y.f = {weight(heads, 3 * channels), floats(heads)};
+            for (int map = 0; map < 3; ++map) y.diagonal[map] = floats(channels * y.block), y.diagonal_bias[map] = maybe(channels);
+        }
+        if (y.taps) y.conv = floats(y.taps * channels), y.conv_bias = maybe(channels);
+        y.conv_state = floats(y.taps > 1 ? slots * (y.taps - 1) * channels : 0);
+        if (random.below(2)) {
+            y.hidden = 1 + random.below(100), y.activation = static_cast<int32_t>(random.below(6)), y.ffn_norm = norm(width, oxl::RMS_NORM);
+            y.ffn_gate = linear(y.hidden, width), y.ffn_up = linear(y.hidden, width), y.ffn_down = linear(width, y.hidden);
+        }
+        return y;
+    }
+};
+
+static void decode(Random &random, int isa) {
+    Model model{random, {}, {}};
+    const int64_t heads = 1 + random.below(3), width = heads * (1 + random.below(50)), slots = 8, vocabulary = 1 + random.below(300);
+    const bool half_state = random.below(2);
+    std::vector<oxl::Layer> layers(random.below(4));
+    for (auto &layer : layers) layer = model.layer(width, heads, slots, half_state);
+    oxl::Decode a = {};
+    a.layers = layers.data(), a.num_layers = static_cast<int64_t>(layers.size()), a.width = width;
+    a.embedding = model.weight(vocabulary, width), a.head = model.linear(vocabulary, width);
+    a.out_norm = model.norm(width, static_cast<int32_t>(random.below(3))), a.logit_cap = random.below(2) ? 30.0f : 0.0f;
+    a.state_kind = half_state ? oxl::WEIGHT_BF16 : oxl::WEIGHT_F32, a.batch = 1 + random.below(4);
+    std::vector<int64_t> tokens(a.batch), source(a.batch), target(a.batch);
+    const bool in_place = random.below(2);
+    for (int64_t b = 0; b < a.batch; ++b) source[b] = slots - 1 - b, target[b] = in_place ? source[b] : b;
+    Floats logits(a.batch * vocabulary);
+    a.tokens = tokens.data(), a.source = source.data(), a.target = target.data(), a.logits = logits.data();
+    const int threads = 1 + static_cast<int>(random.below(3));
+    oxl_decode_workspace(isa, threads, &a);
+    Floats workspace(a.workspace_floats);
+    a.workspace = workspace.data();
+    for (int round = 0; round < 3; ++round) {
+        for (auto &token : tokens) token = random.below(vocabulary);
+        oxl_decode(isa, threads, &a);
+    }
+    const Floats memory = random.floats(random.below(500));
+    oxl::Probe probe = {memory.data(), static_cast<int64_t>(memory.size()), 0, nullptr};
+    oxl_probe(isa, threads, &probe);
+}
+
 static void fuzz(unsigned seed, int rounds) {
     Random random{std::mt19937(seed)};
     for (int round = 0; round < rounds; ++round)
@@ -130,6 +223,7 @@ static void fuzz(unsigned seed, int rounds) {
             rnn(random, isa);
             product(random, isa);
             quantized(random, isa);
+            decode(random, isa);
         }
 }
 

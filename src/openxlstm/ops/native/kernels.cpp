@@ -1,6 +1,8 @@
 // The kernels of one instruction set. Compiled once for each, with OXL_ISA naming it and the compiler's flags
 // choosing it.
+#include "decode_layers.h"
 #include "mlstm_step.h"
+#include "probe.h"
 #include "products.h"
 #include "quantized_prefill.h"
 #include "rnn.h"
@@ -12,5 +14,5 @@
 
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
     OXL_STRING(OXL_ISA), TILE, mlstm_step, pack, rnn_forward, rnn_backward, product, quantize_activations,
-    quantized_product,
+    quantized_product, probe, decode,
 };

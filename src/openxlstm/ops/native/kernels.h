@@ -81,6 +81,16 @@ struct QuantizedProduct {
     int64_t stride, rows_per_task;
 };
 
+// Reads `count` numbers and nothing else. Task t reads `each` of them and leaves the union of their bits in seen[t].
+struct Probe {
+    const float *data;
+    int64_t count, each;
+    int32_t *seen;
+};
+
+struct Decode;
+struct Team;
+
 struct Kernels {
     const char *name;
     int64_t tile;  // columns of a packed weight tile
@@ -91,6 +101,8 @@ struct Kernels {
     void (*product)(const Product &, int64_t task, float *scratch);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);
+    void (*probe)(const Probe &, int64_t task, float *scratch);
+    void (*decode)(const Decode &, Team &team, int worker);
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

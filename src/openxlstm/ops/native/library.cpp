@@ -4,8 +4,12 @@
 // return 0, or 1 when memory ran out.
 #include <cstdlib>
 
+#include <new>
+
+#include "decode.h"
 #include "kernels.h"
 #include "pool.h"
+#include "team.h"
 
 #define OXL_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -92,6 +96,11 @@ int run_rnn(oxl::Rnn a, const oxl::Kernels &kernels, int threads, bool backward)
 
 }  // namespace
 
+namespace oxl {
+int64_t team_claim(Team &team, int64_t phase, int64_t count, int worker) { return team.claim(phase, count, worker); }
+void team_finish(Team &team, int64_t phase, int64_t count, int64_t done) { team.finish(phase, count, done); }
+}  // namespace oxl
+
 OXL_EXPORT int oxl_isa_count() { return COUNT; }
 
 OXL_EXPORT const char *oxl_isa_name(int isa) { return TABLE[isa]->name; }
@@ -144,4 +153,45 @@ OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct
     run(a, TABLE[isa]->quantize_activations, (a.batch + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
     a.rows_per_task = oxl::round_up((a.weight.rows + 8 * threads - 1) / (8 * threads), a.batch > 8 ? 64 : 8);
     return run(a, TABLE[isa]->quantized_product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
+}
+
+OXL_EXPORT int oxl_probe(int isa, int threads, oxl::Probe *args) {
+    oxl::Probe a = *args;
+    if (a.count < 1) return 0;
+    const int64_t tasks = 8 * static_cast<int64_t>(threads < 1 ? 1 : threads);
+    a.each = oxl::round_up((a.count + tasks - 1) / tasks, 16);
+    const Buffer seen(tasks);
+    if (!seen.data) return 1;
+    a.seen = reinterpret_cast<int32_t *>(seen.data);
+    return run(a, TABLE[isa]->probe, (a.count + a.each - 1) / a.each, threads, 0);
+}
+
+// Sets workspace_floats to what oxl_decode needs for this batch and number of threads.
+OXL_EXPORT int oxl_decode_workspace(int isa, int threads, oxl::Decode *args) {
+    (void)isa;
+    const Workspace w(*args, nullptr);
+    args->workspace_floats = w.floats + threads * w.own_floats;
+    return 0;
+}
+
+OXL_EXPORT int oxl_decode(int isa, int threads, oxl::Decode *args) {
+    struct Call {
+        const oxl::Decode &args;
+        const oxl::Kernels &kernels;
+        oxl::Team team;
+    };
+    constexpr int64_t PHASES_PER_LAYER = 6, OTHER_PHASES = 2;
+    try {
+        Call call{*args, *TABLE[isa], oxl::Team(PHASES_PER_LAYER * args->num_layers + OTHER_PHASES, threads)};
+        oxl::Pool::instance().run(
+            threads, threads,
+            [](void *context, int64_t, int worker) {
+                auto &c = *static_cast<Call *>(context);
+                c.kernels.decode(c.args, c.team, worker);
+            },
+            &call);
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
 }

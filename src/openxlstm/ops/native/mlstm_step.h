@@ -28,6 +28,44 @@ inline StepGates step_gates(float i, float f, float m, bool sigmoid) {
     return {__builtin_expf(carried - next), __builtin_expf(i - next), next};
 }
 
+// C' = kept C + wk v^T and out += qs C' for `columns` columns of a memory of dk rows, `stride` apart; out starts as
+// zero. May work in place.
+template <class T>
+inline void sweep_memory(const T *c, T *c_out, int64_t dk, int64_t stride, int64_t columns, float kept, const float *wk,
+                         const float *qs, const float *v, float *out) {
+    for (int64_t j = 0; j < columns; j += W) store(out + j, vf{}, columns - j);
+    constexpr int ROWS = 4;
+    int64_t row = 0;
+    for (; row + ROWS <= dk; row += ROWS) {
+        const T *from = c + row * stride;
+        T *to = c_out + row * stride;
+        for (int64_t j = 0; j < columns; j += W) {
+            const int64_t left = columns - j;
+            const vf value = load(v + j, left);
+            vf h = load(out + j, left);
+            for (int r = 0; r < ROWS; ++r) {
+                const vf next = load(from + r * stride + j, left) * kept + value * wk[row + r];
+                store(to + r * stride + j, next, left);
+                h = h + next * qs[row + r];
+            }
+            store(out + j, h, left);
+        }
+    }
+    for (; row < dk; ++row)
+        for (int64_t j = 0; j < columns; j += W) {
+            const int64_t left = columns - j;
+            const vf next = load(c + row * stride + j, left) * kept + load(v + j, left) * wk[row];
+            store(c_out + row * stride + j, next, left);
+            store(out + j, load(out + j, left) + next * qs[row], left);
+        }
+}
+
+// max(|r|, exp(-m)) + eps
+inline float step_divisor(float r, float m, float eps) {
+    const float size = __builtin_fabsf(r), least = __builtin_expf(-m);
+    return (size >= least || size != size ? size : least) + eps;
+}
+
 // scratch: 2 dk + dv floats, each part rounded up to 16
 void mlstm_step(const oxl::MlstmStep &a, int64_t task, float *scratch) {
     const int64_t pair = task / a.splits, split = task % a.splits, dk = a.dk, dv = a.dv;
@@ -53,37 +91,9 @@ void mlstm_step(const oxl::MlstmStep &a, int64_t task, float *scratch) {
 
     const float *v = a.v + pair * dv + begin, *c = a.c + pair * dk * dv + begin;
     float *c_out = a.c_out + pair * dk * dv + begin;
-    for (int64_t j = 0; j < columns; j += W) store(out + j, vf{}, columns - j);
-    constexpr int ROWS = 4;
-    int64_t row = 0;
-    for (; row + ROWS <= dk; row += ROWS) {
-        const float *from = c + row * dv;
-        float *to = c_out + row * dv;
-        for (int64_t j = 0; j < columns; j += W) {
-            const int64_t left = columns - j;
-            const vf value = load(v + j, left);
-            vf h = load(out + j, left);
-            for (int r = 0; r < ROWS; ++r) {
-                const vf next = load(from + r * dv + j, left) * g.kept + value * wk[row + r];
-                store(to + r * dv + j, next, left);
-                h = h + next * qs[row + r];
-            }
-            store(out + j, h, left);
-        }
-    }
-    for (; row < dk; ++row)
-        for (int64_t j = 0; j < columns; j += W) {
-            const int64_t left = columns - j;
-            const vf next = load(c + row * dv + j, left) * g.kept + load(v + j, left) * wk[row];
-            store(c_out + row * dv + j, next, left);
-            store(out + j, load(out + j, left) + next * qs[row], left);
-        }
+    sweep_memory(c, c_out, dk, dv, columns, g.kept, wk, qs, v, out);
 
-    float divisor = 1.0f;
-    if (a.normalize) {
-        const float r = __builtin_fabsf(sum(dot)), least = __builtin_expf(-g.m);
-        divisor = (r >= least || r != r ? r : least) + a.eps;
-    }
+    const float divisor = a.normalize ? step_divisor(sum(dot), g.m, a.eps) : 1.0f;
     float *h = a.h + pair * dv + begin;
     for (int64_t j = 0; j < columns; j += W) store(h + j, load(out + j, columns - j) / divisor, columns - j);
 }

@@ -14,54 +14,70 @@
 
 namespace {
 
-// One pass over ROWS rows of the matrix for BATCH vectors. `ahead` elements further on lies what comes next: asking
-// for it early keeps memory busy while sums finish and rows change.
+// Weights of two vectors of columns, and the numbers that they meet.
+inline void weights(const float *p, vf (&v)[2]) { v[0] = load(p), v[1] = load(p + W); }
+inline void weights(const bf16 *p, vf (&v)[2]) { widened(p, v); }
+template <class T>
+inline void inputs(const float *p, vf (&v)[2]) {
+    if (sizeof(T) == sizeof(bf16)) return sorted_alike(p, v);
+    v[0] = load(p), v[1] = load(p + W);
+}
+
+// total[r][b] += two vectors of columns
 template <int ROWS, int BATCH, class T>
-inline void multiply_block(const T *w, int64_t columns, int64_t ahead, const float *x, int64_t x_stride, float *y,
-                           int64_t y_stride) {
-    vf total[ROWS][BATCH] = {};
-    int64_t c = 0;
-    constexpr int64_t LINE = 64 / sizeof(T);
-    for (; c + LINE <= columns; c += LINE) {
-        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + r * columns + c + ahead);
-        for (int64_t e = c; e < c + LINE; e += W)
-            for (int r = 0; r < ROWS; ++r) {
-                const vf value = load(w + r * columns + e);
-                for (int b = 0; b < BATCH; ++b) total[r][b] = value * load(x + b * x_stride + e) + total[r][b];
-            }
+inline void multiply_columns(const T *w, int64_t w_stride, const float *x, int64_t x_stride, vf (&total)[ROWS][BATCH][2]) {
+    vf value[ROWS][2], input[2];
+    for (int r = 0; r < ROWS; ++r) weights(w + r * w_stride, value[r]);
+    for (int b = 0; b < BATCH; ++b) {
+        inputs<T>(x + b * x_stride, input);
+        for (int r = 0; r < ROWS; ++r)
+            for (int n = 0; n < 2; ++n) total[r][b][n] = value[r][n] * input[n] + total[r][b][n];
     }
-    for (; c < columns; c += W)
-        for (int r = 0; r < ROWS; ++r) {
-            const vf value = load(w + r * columns + c, columns - c);
-            for (int b = 0; b < BATCH; ++b)
-                total[r][b] = value * load(x + b * x_stride + c, columns - c) + total[r][b];
-        }
+}
+
+// One pass over ROWS rows of the matrix for BATCH vectors. One row at a time is one stream through memory, which
+// prefetchers follow best; asking for it early helps them over the ends of pages.
+template <int ROWS, int BATCH, class T>
+inline void multiply_block(const T *w, int64_t columns, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+    constexpr int64_t STEP = 2 * W, LINE = 64 / sizeof(T) > STEP ? 64 / sizeof(T) : STEP;
+    constexpr int64_t AHEAD = 1536 / sizeof(T);
+    vf total[ROWS][BATCH][2] = {};
+    int64_t c = 0;
+    for (; c + LINE <= columns; c += LINE) {
+        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + r * columns + c + AHEAD);
+        for (int64_t e = c; e < c + LINE; e += STEP) multiply_columns(w + e, columns, x + e, x_stride, total);
+    }
+    for (; c + STEP <= columns; c += STEP) multiply_columns(w + c, columns, x + c, x_stride, total);
+    if (c < columns) {
+        const int64_t left = columns - c;
+        T last[ROWS * STEP] = {};
+        float input[BATCH * STEP] = {};
+        for (int r = 0; r < ROWS; ++r) __builtin_memcpy(last + r * STEP, w + r * columns + c, left * sizeof(T));
+        for (int b = 0; b < BATCH; ++b) __builtin_memcpy(input + b * STEP, x + b * x_stride + c, left * sizeof(float));
+        multiply_columns(last, STEP, input, STEP, total);
+    }
     for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BATCH; ++b) y[b * y_stride + r] = sum(total[r][b]);
+        for (int b = 0; b < BATCH; ++b) y[b * y_stride + r] = sum(total[r][b][0] + total[r][b][1]);
 }
 
 template <int ROWS, class T>
 inline void multiply_batch(const T *w, int64_t columns, const float *x, int64_t x_stride, int64_t batch, float *y,
                            int64_t y_stride) {
-    const int64_t ahead = ROWS * columns;
+    constexpr int MANY = W == 16 ? 4 : 2;  // as many sums as there are registers for
     int64_t b = 0;
-    for (; b + 4 <= batch; b += 4)
-        multiply_block<ROWS, 4>(w, columns, ahead, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
-    for (; b + 2 <= batch; b += 2)
-        multiply_block<ROWS, 2>(w, columns, ahead, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
-    if (b < batch) multiply_block<ROWS, 1>(w, columns, ahead, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
+    for (; b + MANY <= batch; b += MANY)
+        multiply_block<ROWS, MANY>(w, columns, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
+    for (; b < batch; ++b)
+        multiply_block<ROWS, 1>(w, columns, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
 }
 
 template <class T>
 void multiply_dense(const T *w, int64_t columns, int64_t row, int64_t row_end, const float *x, int64_t x_stride,
                     int64_t batch, float *y, int64_t y_stride) {
-    constexpr int MANY = W == 16 ? 4 : 2;  // with a batch: as many sums as there are registers for
     w += row * columns;
-    if (batch == 1)
-        for (; row + 8 <= row_end; row += 8, w += 8 * columns)
-            multiply_block<8, 1>(w, columns, 8 * columns, x, x_stride, y + row, y_stride);
-    for (; row + MANY <= row_end; row += MANY, w += MANY * columns)
-        multiply_batch<MANY>(w, columns, x, x_stride, batch, y + row, y_stride);
+    if (batch > 1)
+        for (; row + 2 <= row_end; row += 2, w += 2 * columns)
+            multiply_batch<2>(w, columns, x, x_stride, batch, y + row, y_stride);
     for (; row < row_end; ++row, w += columns) multiply_batch<1>(w, columns, x, x_stride, batch, y + row, y_stride);
 }
 

@@ -48,10 +48,14 @@ inline vf min(vf a, vf b) { return select(b < a, b, a); }  // a if either is NaN
 inline vf max(vf a, vf b) { return select(b > a, b, a); }
 inline vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
+typedef float vq __attribute__((vector_size(16)));
+
 inline float sum(vf v) {
-    float total = 0;
-    for (int e = 0; e < W; ++e) total += v[e];
-    return total;
+    vq parts[W / 4];
+    __builtin_memcpy(parts, &v, sizeof v);
+    for (int n = W / 8; n > 0; n /= 2)
+        for (int e = 0; e < n; ++e) parts[e] += parts[e + n];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 inline vf power_of_two(vi n) { return (vf)((n + 127) << 23); }

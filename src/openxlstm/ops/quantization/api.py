@@ -5,8 +5,8 @@ The activations are rounded too, each vector to integers of 16 or 8 bits with a 
     round(x) = code * max|x| / limit,   code = nearest(x * (limit / max|x|)),   limit = 32767 or 127
 
 16 bits round fifty times finer than bfloat16, so the weights alone make the error; they let the native
-kernels multiply integers. 8 bits are for prompts on processors with byte products. A vector with a number that
-is not finite gives NaN, one with nothing above 1e-30 gives zero. Gradients pass the rounding unchanged.
+kernels multiply integers. 8 bits are for prompts on processors with byte products. A vector with a number
+that is not finite gives NaN, one with nothing above 1e-30 gives zero. Gradients pass the rounding unchanged.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,53 @@ def test_comparison(cli: Callable, tmp_path: Path) -> None:
 )
 def test_mistakes(mistake: Callable, words: list[str], text: str) -> None:
     assert text in mistake("eval", *words, code=[2])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n} of some text\n" for n in range(40)))
+    return path
+
+
+def test_text(cli: Callable, model: Path, shards: Path, text: Path, tmp_path: Path) -> None:
+    result = cli("eval", "text", model, text, "--output", tmp_path / "figures" / "a.json")
+    assert result.code == 0, result.err
+    assert " bits per byte    perplexity " in result.out
+    assert "streamed" in result.out
+    figures = json.loads((tmp_path / "figures" / "a.json").read_text())
+    assert figures["bytes"] == figures["tokens"] == len(text.read_text())
+    assert "windows of 32" in cli("eval", "text", model, text, "--window", "32").out
+    assert "100 tokens" in cli("eval", "text", model, text, "--max-tokens", "100").out
+    documents = int(cli("eval", "text", model, shards).out.split(" bytes, ")[1].split()[0])
+    assert documents > 1
+    assert "1 documents" in cli("eval", "text", model, shards, "--max-tokens", "9").out
+
+
+def test_context(cli: Callable, model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = cli(
+        "eval", "context", model, text, "--length", "64", "--rows", "3", "--output", tmp_path / "out"
+    )
+    assert result.code == 0, result.err
+    assert "effective context: " in result.out
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"context.json", "position.png", "past.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "text_in_line"),
+    [
+        (["text", "MODEL", "TEXT", "--window", "100000"], "fewer than the window of 100000"),
+        (["text", "MODEL", "TEXT", "--stride", "4"], "--stride goes with --window"),
+        (["text", "MODEL", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["text", "nowhere", "TEXT"], "nowhere"),
+        (["text", "MODEL", "TEXT", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["context", "MODEL", "TEXT", "--length", "5000"], "fewer than the 5000 that are needed"),
+        (["context", "MODEL", "TEXT", "--length", "9"], "--length must be at least 64"),
+    ],
+)
+def test_mistakes_about_texts(
+    mistake: Callable, model: Path, text: Path, words: list[str], text_in_line: str
+) -> None:
+    names = {"MODEL": str(model), "TEXT": str(text)}
+    assert text_in_line in mistake("eval", *(names.get(word, word) for word in words))

@@ -17,6 +17,8 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
         "train a set of networks on tasks: equal data, parameters and steps, several seeds",
     ),
     "task": ("eval_study", "train one network on one task with any settings"),
+    "text": ("eval_text", "perplexity and bits per byte of a model on any text, streamed or in windows"),
+    "context": ("eval_text", "how far back a token still matters to a model, on real text"),
     "tasks": ("eval_study", "list the tasks and networks"),
 }
 """Name -> module of the command line, one line of help."""
@@ -32,7 +34,8 @@ evaluations:
 
 examples:
   openxlstm eval state-tracking --output runs/state-tracking
-  openxlstm eval task parity --model slstm"""
+  openxlstm eval task parity --model slstm
+  openxlstm eval text runs/demo/model runs/demo/data"""
 
 
 def run(arguments: Sequence[str]) -> int:

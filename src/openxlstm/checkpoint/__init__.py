@@ -8,6 +8,7 @@ from openxlstm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from openxlstm.checkpoint.pretrained import LAYOUTS, convert, load_pretrained, save_pretrained
+    from openxlstm.checkpoint.quantization import quantize_checkpoint
     from openxlstm.checkpoint.reading import Checkpoint, read_checkpoint
     from openxlstm.checkpoint.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 
@@ -19,6 +20,7 @@ __all__ = [
     "byte_tokenizer",
     "convert",
     "load_pretrained",
+    "quantize_checkpoint",
     "read_checkpoint",
     "save_pretrained",
     "train_bpe",
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "byte_tokenizer": "tokenizer",
         "convert": "pretrained",
         "load_pretrained": "pretrained",
+        "quantize_checkpoint": "quantization",
         "read_checkpoint": "reading",
         "save_pretrained": "pretrained",
         "train_bpe": "tokenizer",

@@ -17,11 +17,18 @@ from torch import nn
 
 from openxlstm.checkpoint import huggingface, layouts
 from openxlstm.checkpoint.hub import locate, published_tokenizer
-from openxlstm.checkpoint.reading import CHECKPOINT_TYPES, Checkpoint, read_checkpoint, tied_names
+from openxlstm.checkpoint.reading import (
+    CHECKPOINT_TYPES,
+    Checkpoint,
+    quantization_fields,
+    read_checkpoint,
+    tied_names,
+)
 from openxlstm.checkpoint.tokenizer import Tokenizer
 from openxlstm.checkpoint.weights import LazyTensor, Weights
 from openxlstm.checkpoint.writing import DEFAULT_SHARD_BYTES, plan_shards, write_directory
 from openxlstm.config import config_to_dict, nearest_name
+from openxlstm.layers.quantized import quantize_model
 from openxlstm.runtime import resolve_device, resolve_dtype
 
 Layout = Literal["huggingface", "reference", "openxlstm"]
@@ -63,6 +70,8 @@ def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
     """The model of a checkpoint, in evaluation mode."""
     with torch.device("meta"):
         model = CHECKPOINT_TYPES[checkpoint.model_type][1](checkpoint.config)
+    if checkpoint.quantization is not None:
+        quantize_model(model, checkpoint.quantization, weights=False)
     aliases = tied_names(model)
     weights = checkpoint.weights
     if getattr(checkpoint.config, "weight_mode", "single") == "fused":
@@ -102,7 +111,7 @@ def save_pretrained(
     checkpoint = checkpoint_of(model, tokenizer)
     if layout is None:
         layout = "openxlstm"
-        if checkpoint.model_type == "xlstm_large":
+        if checkpoint.model_type == "xlstm_large" and checkpoint.quantization is None:
             reason = huggingface.obstacle(checkpoint.config, checkpoint.weights)
             if reason is None:
                 layout = "huggingface"
@@ -124,7 +133,8 @@ def checkpoint_of(model: nn.Module, tokenizer: Tokenizer | None = None) -> Check
         raise ValueError(f"cannot save a {type(model).__name__} as a checkpoint; known models: {known}")
     aliases = tied_names(model)
     weights = {n: LazyTensor.of(t) for n, t in model.state_dict().items() if n not in aliases}
-    return Checkpoint(types[type(model)], model.config, layouts.split_fused(weights), tokenizer)
+    quantization = getattr(model, "quantization", None)
+    return Checkpoint(types[type(model)], model.config, layouts.split_fused(weights), tokenizer, quantization)
 
 
 def convert(
@@ -184,6 +194,8 @@ def write_checkpoint(
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
     if layout != "reference" and (weight_mode, slstm_layout) != ("single", "vanilla"):
         raise ValueError("fused weights and the cuda sLSTM layout exist only in the reference layout")
+    if layout != "openxlstm" and checkpoint.quantization is not None:
+        raise ValueError(f"quantised models exist only in the openxlstm layout, not in '{layout}'")
     is_large = checkpoint.model_type == "xlstm_large"
     if layout == "huggingface" and not is_large:
         raise ValueError(
@@ -207,7 +219,10 @@ def write_checkpoint(
         files = huggingface.config_files(config, checkpoint.dtype, checkpoint.tokenizer)
         texts |= {name: _json(values) for name, values in files.items()}
     elif layout == "openxlstm":
-        texts["config.json"] = _json({"model_type": checkpoint.model_type, **config_to_dict(config)})
+        fields = {"model_type": checkpoint.model_type, **config_to_dict(config)}
+        if checkpoint.quantization is not None:
+            fields["quantization"] = quantization_fields(checkpoint.quantization)
+        texts["config.json"] = _json(fields)
     else:
         texts["config.yaml"] = _yaml(_reference_fields(checkpoint, weight_mode, slstm_layout))
     shards, index = plan_shards(weights, max_shard_bytes, layout)

@@ -5,7 +5,7 @@ Formats, told apart by ``config.json`` / ``config.yaml`` and by the names of the
 - Hugging Face directories of xLSTM-7b and the scaling-law models, old and new configuration keys;
 - directories of the reference package's xLSTMLarge, single and fused weights;
 - block stacks and language models on them, directories or bare state dicts, both sLSTM layouts;
-- what :func:`openxlstm.save_pretrained` writes.
+- what :func:`openxlstm.save_pretrained` and :func:`openxlstm.checkpoint.quantize_checkpoint` write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from openxlstm.checkpoint import huggingface, layouts
 from openxlstm.checkpoint.architectures import large_config, stack_config
 from openxlstm.checkpoint.tokenizer import Tokenizer
 from openxlstm.checkpoint.weights import Weights, open_weights
-from openxlstm.config import config_from_dict, read_mapping
+from openxlstm.config import config_from_dict, config_to_dict, read_mapping
+from openxlstm.layers.quantized import Quantization, quantize_model
 from openxlstm.models import MODEL_TYPES, xLSTMBlockStack, xLSTMBlockStackConfig
 
 CHECKPOINT_TYPES: dict[str, tuple[type[Any], type[nn.Module]]] = {
@@ -44,10 +45,16 @@ class Checkpoint:
     weights: Weights
     """Tensors in canonical form; see :mod:`openxlstm.checkpoint.layouts`. Tied tensors appear once."""
     tokenizer: Tokenizer | None = None
+    quantization: Quantization | None = None
+    """How linear maps are quantised; None if they are not."""
 
     def to(self, dtype: torch.dtype | None) -> Checkpoint:
-        """The same with floating point tensors in ``dtype``."""
-        return replace(self, weights={name: t.to(dtype) for name, t in self.weights.items()})
+        """The same with floating point tensors in ``dtype``; scales of quantised maps keep their type."""
+
+        def keeps(name: str) -> bool:
+            return self.quantization is not None and name.endswith(".scales")
+
+        return replace(self, weights={n: t if keeps(n) else t.to(dtype) for n, t in self.weights.items()})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +70,8 @@ class Checkpoint:
         if self.model_type == "xlstm_large":
             config = replace(config, weight_mode="single")
         with torch.device("meta"):
-            return CHECKPOINT_TYPES[self.model_type][1](config)
+            model = CHECKPOINT_TYPES[self.model_type][1](config)
+        return model if self.quantization is None else quantize_model(model, self.quantization, weights=False)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -77,6 +85,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"checkpoint '{path}' does not exist")
     directory = path if path.is_dir() else path.parent
     declared = _read_config(directory)
+    quantization = _read_quantization(declared.pop("quantization", None), path)
     model_type = declared.get("model_type")
     if model_type is not None and model_type not in (*CHECKPOINT_TYPES, huggingface.MODEL_TYPE):
         raise ValueError(f"'{path}' holds a model of type '{model_type}', which is not an xLSTM")
@@ -104,7 +113,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     else:
         config = stack_config(weights, declared, where)
         model_type = "xlstm_lm" if "token_embedding.weight" in weights else "xlstm_block_stack"
-    checkpoint = Checkpoint(model_type, config, weights, tokenizer)
+    checkpoint = Checkpoint(model_type, config, weights, tokenizer, quantization)
     return replace(checkpoint, weights=_fit(checkpoint, where))
 
 
@@ -116,6 +125,31 @@ def _read_config(directory: Path) -> dict[str, Any]:
             nested = values.get("model")  # experiment files of the reference package
             return dict(nested) if isinstance(nested, Mapping) and "model_type" not in values else values
     return {}
+
+
+QUANTIZATION_FORMAT = 1
+"""Number of the layout of quantised checkpoints, in case there is ever another."""
+
+
+def quantization_fields(quantization: Quantization) -> dict[str, Any]:
+    """The section of ``config.json`` that :func:`read_checkpoint` understands."""
+    return {"format": QUANTIZATION_FORMAT, **config_to_dict(quantization)}
+
+
+def _read_quantization(section: Any, path: Path) -> Quantization | None:
+    if section is None:
+        return None
+    fields = dict(section) if isinstance(section, Mapping) else {"format": section}
+    number = fields.pop("format", None)
+    if number != QUANTIZATION_FORMAT:
+        raise ValueError(
+            f"'{path}' is quantised in format {number!r}, this version reads format {QUANTIZATION_FORMAT}; "
+            "quantise the original checkpoint again, or update openxlstm"
+        )
+    try:
+        return config_from_dict(Quantization, fields, where="quantization.")
+    except ValueError as error:
+        raise ValueError(f"'{path}' is quantised in a way this version does not know: {error}") from None
 
 
 def _kind(weights: Weights, where: str) -> str:
@@ -149,7 +183,18 @@ def _fit(checkpoint: Checkpoint, where: str) -> Weights:
             raise ValueError(
                 f"tensor '{name}' in {where} has shape {weights[name].shape}, expected {tuple(tensor.shape)}"
             )
+        if name in weights and checkpoint.quantization is not None:
+            _check_packed_type(name, weights[name].dtype, tensor.dtype, where)
     return {name: weights[name] for name in expected if name not in aliases}
+
+
+def _check_packed_type(name: str, found: torch.dtype, expected: torch.dtype, where: str) -> None:
+    packed = not expected.is_floating_point or name.endswith(".scales")
+    if packed != (not found.is_floating_point or name.endswith(".scales")) or (packed and found != expected):
+        raise ValueError(
+            f"tensor '{name}' in {where} has type {str(found).removeprefix('torch.')}, expected "
+            f"{str(expected).removeprefix('torch.')}: was it quantised in another way?"
+        )
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -68,7 +68,9 @@ def plan_shards(
 
 def write_safetensors(path: Path, weights: Weights) -> None:
     """Write one safetensors file, reading one tensor at a time."""
-    ordered = sorted(weights.items(), key=lambda item: (item[1].nbytes % 64 != 0, -item[1].dtype.itemsize))
+    # in the order given, but what would push others off their alignment last
+    ragged = {name: tensor.nbytes % 64 != 0 for name, tensor in weights.items()}
+    ordered = sorted(weights.items(), key=lambda item: ragged[item[0]] and 9 - item[1].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in ordered:

@@ -48,11 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(ConvertOptions, arguments, command="convert", examples=EXAMPLES)
     target = options.target
-    if target.is_dir() and any(target.iterdir()):
-        if not any(target.glob("model*.safetensors")):
-            raise ValueError(f"'{target}' holds other files and no checkpoint; choose a new directory")
-        if not options.overwrite:
-            raise ValueError(f"'{target}' holds a checkpoint; choose a new directory, or give --overwrite")
+    check_target(target, options.overwrite)
     before = _files(target)
     convert(
         options.source,
@@ -66,6 +62,19 @@ def run(arguments: Sequence[str]) -> int:
     written = sorted(name for name, _ in _files(target) - before)
     print(f"wrote {target}: {', '.join(written)}")
     return 0
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to write into a directory of other files, or over a checkpoint unless told to.
+
+    Raises:
+        ValueError: as said.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        if not any(target.glob("model*.safetensors")):
+            raise ValueError(f"'{target}' holds other files and no checkpoint; choose a new directory")
+        if not overwrite:
+            raise ValueError(f"'{target}' holds a checkpoint; choose a new directory, or give --overwrite")
 
 
 def _files(directory: Path) -> set[tuple[str, int]]:

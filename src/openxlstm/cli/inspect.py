@@ -49,6 +49,10 @@ def run(arguments: Sequence[str]) -> int:
         checkpoint = read_checkpoint(locate(options.model))
         config, kind, tokenizer = checkpoint.config, checkpoint.model_type, checkpoint.tokenizer
         stored = f"{len(checkpoint.weights)} tensors, {str(checkpoint.dtype).removeprefix('torch.')}"
+        if checkpoint.quantization is not None:
+            size = sum(tensor.nbytes for tensor in checkpoint.weights.values()) / 2**20
+            scheme = ", ".join(f"{n}={v}" for n, v in config_to_dict(checkpoint.quantization).items())
+            stored = f"{len(checkpoint.weights)} tensors, {size:,.1f} MiB, quantised: {scheme}"
     count = parameter_count(config)
     rows = [("model", kind), ("stored", stored), ("parameters", f"{count:,}")]
     rows.append(("weights", f"{count * 4 / 2**20:,.1f} MiB in float32, {count * 2 / 2**20:,.1f} in bfloat16"))

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "chat": "talk to a model",
     "eval": "measure state tracking, recall, long context, language modelling; compare networks",
     "convert": "convert a checkpoint between the published layouts",
+    "quantize": "write a checkpoint with int8 or int4 weights",
     "inspect": "show what a checkpoint or a recipe's model is made of",
     "doctor": "show this machine: versions, backends, measured speed",
 }

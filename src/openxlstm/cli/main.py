@@ -132,7 +132,13 @@ def _os_error(error: OSError, text: str) -> str:
 
 def _extra(error: ImportError) -> str:
     package = (error.name or "").partition(".")[0]
-    homes = {"transformers": "hf", "scipy": "scaling", "pandas": "scaling", "pyarrow": "scaling"}
+    homes = {
+        "lm_eval": "eval",
+        "transformers": "hf",
+        "scipy": "scaling",
+        "pandas": "scaling",
+        "pyarrow": "scaling",
+    }
     return homes.get(package, "train")
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openxlstm.runtime import atomic_write_bytes
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAINING, VALIDATION = "#2f6fde", "#d9480f"
+PALETTE = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d", "#495057")
 BASELINES = ("#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d")
 COLORS = (TRAINING, VALIDATION, *BASELINES)
 
@@ -72,7 +74,11 @@ def plot_loss_curve(
     axes.set_xlim(left=0)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", color=INK)
+<<<<<<< HEAD
     _style(axes)
+=======
+    _decorate(axes)
+>>>>>>> ff11d16 (openxlstm scaling: the published study in one command, and studies of one's own)
     if title:
         axes.set_title(title, loc="left", color=INK, fontweight="bold")
     axes.legend(frameon=False, labelcolor=INK)
@@ -218,6 +224,96 @@ def _write(figure: Any, output: Path) -> Path:
     figure.savefig(image, format=output.suffix.lstrip(".") or "png")
     atomic_write_bytes(output, image.getvalue())
     return output
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points and lines of a chart under one name."""
+
+    x: Any
+    """Numbers, as a list or an array."""
+    y: Any
+    """As many."""
+    label: str = ""
+    """Name in the legend; empty for none."""
+    style: Literal["points", "line", "both", "dashed", "star"] = "points"
+    color: int = 0
+    """Index into :data:`PALETTE`, counted around."""
+    low: Any = None
+    """Lower end of a band around y."""
+    high: Any = None
+    """Upper end of a band around y."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel: titled axes with series."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    log_x: bool = True
+    log_y: bool = False
+
+
+def draw_charts(charts: Sequence[Chart], columns: int = 2) -> bytes:
+    """Draw charts side by side as one PNG image.
+
+    Raises:
+        ValueError: no charts.
+        ImportError: matplotlib is not installed (``pip install 'openxlstm[scaling]'``).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not charts:
+        raise ValueError("there are no charts to draw")
+    columns = min(columns, len(charts))
+    rows = -(-len(charts) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.9 * rows), dpi=105, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, chart in enumerate(charts):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for series in chart.series:
+            _draw_series(axes, series)
+        if chart.log_x:
+            axes.set_xscale("log")
+        if chart.log_y:
+            axes.set_yscale("log")
+        _decorate(axes)
+        axes.set_xlabel(chart.x_label, color=INK)
+        axes.set_ylabel(chart.y_label, color=INK)
+        axes.set_title(chart.title, loc="left", color=INK, fontweight="bold", fontsize=10.5)
+        if any(series.label for series in chart.series):
+            axes.legend(frameon=False, labelcolor=INK, fontsize=7.5)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _draw_series(axes: Any, series: Series) -> None:
+    color = PALETTE[series.color % len(PALETTE)]
+    options: dict[str, Any] = {
+        "points": {"linestyle": "none", "marker": "o", "markersize": 3.5, "alpha": 0.75},
+        "line": {"linewidth": 1.5},
+        "both": {"linewidth": 1.3, "marker": "o", "markersize": 3.5},
+        "dashed": {"linewidth": 1.3, "linestyle": (0, (4, 2.5))},
+        "star": {"linestyle": "none", "marker": "*", "markersize": 12, "markeredgecolor": "white"},
+    }[series.style]
+    axes.plot(series.x, series.y, color=color, label=series.label or None, **options)
+    if series.low is not None and series.high is not None:
+        axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.13, linewidth=0)
+
+
+def _decorate(axes: Any) -> None:
+    """A quiet frame: grid below, two spines, no ticks."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0, which="both")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
 
 
 def _read(path: str | Path) -> list[dict[str, Any]]:

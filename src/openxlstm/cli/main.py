@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "convert": "convert a checkpoint between the published layouts",
     "quantize": "write a checkpoint with int8 or int4 weights",
     "inspect": "show what a checkpoint or a recipe's model is made of",
+    "scaling": "scaling laws: reproduce the published study, run and fit your own",
     "doctor": "show this machine: versions, backends, measured speed",
 }
 

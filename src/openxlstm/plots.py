@@ -13,7 +13,6 @@ from openxlstm.runtime import atomic_write_bytes
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAINING, VALIDATION = "#2f6fde", "#d9480f"
-PALETTE = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d", "#495057")
 BASELINES = ("#2b8a3e", "#862e9c", "#b08900", "#0b7285", "#a61e4d")
 COLORS = (TRAINING, VALIDATION, *BASELINES)
 
@@ -74,11 +73,7 @@ def plot_loss_curve(
     axes.set_xlim(left=0)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", color=INK)
-<<<<<<< HEAD
     _style(axes)
-=======
-    _decorate(axes)
->>>>>>> ff11d16 (openxlstm scaling: the published study in one command, and studies of one's own)
     if title:
         axes.set_title(title, loc="left", color=INK, fontweight="bold")
     axes.legend(frameon=False, labelcolor=INK)
@@ -212,7 +207,7 @@ def _style(axes: Any, *, grid: bool = True) -> None:
     if grid:
         axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0)
+    axes.tick_params(colors=MUTED, length=0, which="both")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
@@ -238,7 +233,7 @@ class Series:
     """Name in the legend; empty for none."""
     style: Literal["points", "line", "both", "dashed", "star"] = "points"
     color: int = 0
-    """Index into :data:`PALETTE`, counted around."""
+    """Index into :data:`COLORS`, counted around."""
     low: Any = None
     """Lower end of a band around y."""
     high: Any = None
@@ -281,7 +276,7 @@ def draw_charts(charts: Sequence[Chart], columns: int = 2) -> bytes:
             axes.set_xscale("log")
         if chart.log_y:
             axes.set_yscale("log")
-        _decorate(axes)
+        _style(axes)
         axes.set_xlabel(chart.x_label, color=INK)
         axes.set_ylabel(chart.y_label, color=INK)
         axes.set_title(chart.title, loc="left", color=INK, fontweight="bold", fontsize=10.5)
@@ -293,7 +288,7 @@ def draw_charts(charts: Sequence[Chart], columns: int = 2) -> bytes:
 
 
 def _draw_series(axes: Any, series: Series) -> None:
-    color = PALETTE[series.color % len(PALETTE)]
+    color = COLORS[series.color % len(COLORS)]
     options: dict[str, Any] = {
         "points": {"linestyle": "none", "marker": "o", "markersize": 3.5, "alpha": 0.75},
         "line": {"linewidth": 1.5},
@@ -304,16 +299,6 @@ def _draw_series(axes: Any, series: Series) -> None:
     axes.plot(series.x, series.y, color=color, label=series.label or None, **options)
     if series.low is not None and series.high is not None:
         axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.13, linewidth=0)
-
-
-def _decorate(axes: Any) -> None:
-    """A quiet frame: grid below, two spines, no ticks."""
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GRID)
 
 
 def _read(path: str | Path) -> list[dict[str, Any]]:

@@ -28,6 +28,11 @@ Scaling laws: what loss, size and tokens a budget buys.
 actions:
 {actions}
 
+examples:
+  openxlstm scaling reproduce measurements/
+  openxlstm scaling sweep runs/study --data data/python --budgets 3e11 1e12 3e12 --context-length 128 --jobs 2
+  openxlstm scaling fit runs/study/runs.csv
+
 `openxlstm scaling ACTION --help` explains each."""
 SWEEP_EXAMPLES = """\
   openxlstm data --standard-library --output data/python --tokenizer bytes

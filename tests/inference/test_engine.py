@@ -12,6 +12,7 @@ from torch import nn
 
 from openxlstm.inference import Generator
 from openxlstm.inference.engine import DecodeEngine, why_not
+from openxlstm.layers.quantized import Quantization, quantize_model
 from openxlstm.models import build_model
 from openxlstm.ops.native import build, loader
 from openxlstm.state import leaves
@@ -113,6 +114,23 @@ def test_bfloat16_weights(case):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=3e-5)
     error = (logits - expected).abs().max()
     assert error < 0.1 * (full(model, tokens)[0][0] - expected).abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("case", ["large, fused, biases", "mLSTM blocks", "mixed, one tap"])
+def test_quantized_weights(isa, case, bits):
+    """As exact as the dequantised model: only the 16-bit activations round."""
+    model = lively(CASES[case])
+    quantize_model(model, Quantization(bits=bits))
+    tokens = torch.randint(0, 77, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = full(model, tokens)[0]
+    engine = DecodeEngine(model)
+    held, single = engine.open(rows=3), engine.open()
+    for t in range(24):
+        logits, held = engine.step(tokens[:, t].tolist(), held, reuse=True)
+        alone, single = engine.step(tokens[1:2, t].tolist(), single, reuse=True)
+        assert torch.equal(alone[0], logits[1])
+        torch.testing.assert_close(logits, expected[:, t], rtol=3e-3, atol=3e-3)
 
 
 @pytest.mark.parametrize("case", ["large", "mixed, one tap"])

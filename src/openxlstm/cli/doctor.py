@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     if native["reason"] is None:
         sets = ", ".join(native["isas"])
         print(f"  instruction sets: {sets} (OPENXLSTM_ISA chooses), {native['threads']} threads")
-        print("  decoding: native engine, for float32 and bfloat16 xLSTM models on the CPU")
+        print("  decoding: native engine, for float32, bfloat16 and quantised xLSTM models on the CPU")
     else:
         print("  decoding: the model's own steps in PyTorch, several times slower")
     print(f"backends on {device}:")

@@ -32,6 +32,9 @@ class DecodeEngine:
         state_dtype: how matrix memories are kept between tokens: float32, or bfloat16 for half the memory at
             the price of rounding them at every token.
 
+    Attributes:
+        states: what the slots hold, batch first.
+
     Raises:
         ValueError: the engine cannot run this model, see :func:`why_not`; an impossible ``state_dtype``.
     """
@@ -48,7 +51,7 @@ class DecodeEngine:
         self._initial_state: Any = model.initial_state
         self._lock = threading.RLock()  # one step at a time, and none while slots are added
         self._empty = self._new_states(1)
-        self._states = self._new_states(0)
+        self.states = self._new_states(0)
         self._free: list[int] = []
 
     @property
@@ -59,7 +62,7 @@ class DecodeEngine:
     @property
     def slots(self) -> int:
         """Number of slots there are, free or not."""
-        return leaves(self._states)[0].shape[0]
+        return leaves(self.states)[0].shape[0]
 
     def open(self, state: ModelState | None = None, *, rows: int = 1) -> HeldState:
         """Put the rows of ``state`` (or ``rows`` empty states) into slots.
@@ -75,7 +78,7 @@ class DecodeEngine:
         held = HeldState(self, self._take(count))
         index = torch.tensor(held.slots)
         with self._lock, torch.no_grad():
-            for mine, theirs in zip(leaves(self._states), leaves(values), strict=True):
+            for mine, theirs in zip(leaves(self.states), leaves(values), strict=True):
                 mine[index] = theirs.to(mine.dtype)
         return held
 
@@ -117,10 +120,10 @@ class DecodeEngine:
 
     def _grow(self, slots: int) -> None:
         states = self._new_states(slots)
-        for new, old in zip(leaves(states), leaves(self._states), strict=True):
+        for new, old in zip(leaves(states), leaves(self.states), strict=True):
             new[: old.shape[0]] = old
         self._free += range(slots - 1, self.slots - 1, -1)
-        self._states = states
+        self.states = states
         self._program.set_states(weight_table.state_arrays(states))
 
     def _new_states(self, slots: int) -> ModelState:
@@ -132,7 +135,7 @@ class DecodeEngine:
     def read(self, slots: Sequence[int]) -> ModelState:
         """A copy of what the slots hold, float32."""
         with self._lock:
-            return map_state(Tensor.float, self._states.select(slots))
+            return map_state(Tensor.float, self.states.select(slots))
 
     def free(self, slots: Sequence[int]) -> None:
         """Give slots back."""

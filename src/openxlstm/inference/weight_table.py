@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from openxlstm import layers
 from openxlstm.layers.large import mLSTMLargeBlock
+from openxlstm.layers.quantized import QuantizedLinear
 from openxlstm.models import xLSTMBlockStack, xLSTMLarge, xLSTMLMModel
 from openxlstm.models.large import xLSTMLargeBackbone
 from openxlstm.ops import decode
 from openxlstm.ops.decode import Map, Norm, Program
-from openxlstm.ops.products import dense_weight
+from openxlstm.ops.products import Weight, dense_weight
+from openxlstm.ops.quantization.native import packed_weight
 from openxlstm.state import LayerState, ModelState
 
 _MODELS = (xLSTMLarge, xLSTMLMModel)
@@ -27,6 +29,7 @@ _KNOWN = {
     xLSTMBlockStack,
     xLSTMLargeBackbone,
     *(value for value in vars(layers).values() if isinstance(value, type) and issubclass(value, nn.Module)),
+    QuantizedLinear,
     nn.Embedding,
     nn.Conv1d,
     nn.Dropout,
@@ -50,9 +53,10 @@ def why_not(model: nn.Module) -> str | None:
         backend = getattr(module, "step_backend", "auto")
         if backend not in _BACKENDS:
             return f"the configuration asks for the backend '{backend}'"
-    for name, tensor in model.named_parameters():
+    for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
             return f"it runs on CPUs, and the model is on {tensor.device.type}"
+    for name, tensor in model.named_parameters():
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"weights must be float32 or bfloat16, '{name}' is {dtype}"
@@ -103,15 +107,24 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
+def _weight(module: Any, rows: slice) -> Weight:
+    if isinstance(module, QuantizedLinear):
+        return packed_weight(module.weight[rows], module.scales[rows], module.in_features)
+    return dense_weight(module.weight.detach()[rows])
+
+
 def _map(module: Any) -> Map:
-    return Map(dense_weight(module.weight.detach()), _float(module.bias))
+    return Map(_weight(module, slice(None)), _float(module.bias))
 
 
-def _rows(weight: Tensor, bias: Tensor | None, counts: Sequence[int]) -> list[Map]:
+def _rows(module: Any, counts: Sequence[int]) -> list[Map]:
     """One map for each stretch of rows of a fused matrix, in place."""
-    weights = weight.detach().split(list(counts))
-    biases = [None] * len(counts) if bias is None else [_float(part) for part in bias.split(list(counts))]
-    return [Map(dense_weight(part), b) for part, b in zip(weights, biases, strict=True)]
+    maps, start = [], 0
+    for count in counts:
+        rows = slice(start, start + count)
+        maps.append(Map(_weight(module, rows), None if module.bias is None else _float(module.bias[rows])))
+        start += count
+    return maps
 
 
 def _norm(module: Any) -> Norm:
@@ -128,9 +141,9 @@ def _large_block(block: mLSTMLargeBlock) -> dict[str, Any]:
     layer, ffn, config = block.mlstm_layer, block.ffn, block.mlstm_layer.config
     heads, qk, v, hidden = config.num_heads, config.qk_dim, config.v_dim, config.ffn_hidden_dim
     if config.weight_mode == "fused":
-        q, k, v_map, o = _rows(layer.qkv_opreact.weight, layer.qkv_opreact.bias, (qk, qk, v, v))
-        i, f = _rows(layer.ifgate_preact.weight, layer.ifgate_preact.bias, (heads, heads))
-        gate, up = _rows(ffn.proj_up_gate_z.weight, ffn.proj_up_gate_z.bias, (hidden, hidden))
+        q, k, v_map, o = _rows(layer.qkv_opreact, (qk, qk, v, v))
+        i, f = _rows(layer.ifgate_preact, (heads, heads))
+        gate, up = _rows(ffn.proj_up_gate_z, (hidden, hidden))
     else:
         names = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact")
         q, k, v_map, o, i, f = (_map(getattr(layer, name)) for name in names)
@@ -167,7 +180,7 @@ def _stack_block(block: Any) -> dict[str, Any]:
     if block.ffn is not None:
         config = block.ffn.config
         hidden = config.proj_up_dim
-        gate, up = _rows(block.ffn.proj_up.weight, block.ffn.proj_up.bias, (hidden, hidden))
+        gate, up = _rows(block.ffn.proj_up, (hidden, hidden))
         fields |= {"hidden": hidden, "activation": decode.ACTIVATIONS[config.act_fn]}
         fields |= {"ffn_norm": _norm(block.ffn_norm), "ffn_gate": gate, "ffn_up": up}
         fields["ffn_down"] = _map(block.ffn.proj_down)
@@ -184,7 +197,7 @@ def _convolution(module: layers.CausalConv1d) -> dict[str, Any]:
 def _mlstm_layer(layer: layers.mLSTMLayer) -> dict[str, Any]:
     config, cell = layer.config, layer.mlstm_cell
     inner = config.inner_embedding_dim
-    up, z = _rows(layer.proj_up.weight, layer.proj_up.bias, (inner, inner))
+    up, z = _rows(layer.proj_up, (inner, inner))
     diagonal = (layer.q_proj, layer.k_proj, layer.v_proj)
     return {
         "kind": decode.MLSTM_BLOCK,

@@ -1,0 +1,188 @@
+"""``openxlstm bench``: tokens per second on this machine, and what its memory would allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from openxlstm.checkpoint import load_pretrained
+from openxlstm.cli.options import parse
+from openxlstm.config import nearest_name
+from openxlstm.inference.engine import DecodeEngine
+from openxlstm.inference.measurement import DecodeSpeed, available_memory, measure_decode
+from openxlstm.inference.runner import ModelRunner
+from openxlstm.layers.quantized import Quantization, QuantizedLinear, quantize_model
+from openxlstm.models import parameter_count, state_bytes, xLSTMLarge, xLSTMLargeConfig
+
+EXAMPLES = """\
+  openxlstm bench --model xlstm-160m --random-weights --dtype bf16
+  openxlstm bench --model xlstm-160m --random-weights --dtype int8 --batch 8
+  openxlstm bench --model xlstm-7b --random-weights --dtype int4
+  openxlstm bench --model runs/demo/model --context 2048"""
+
+SIZES = {
+    "xlstm-160m": xLSTMLargeConfig(
+        embedding_dim=768, num_heads=6, num_blocks=12, vocab_size=50304, ffn_dim=2112
+    ),
+    "xlstm-400m": xLSTMLargeConfig(embedding_dim=1024, num_heads=4, num_blocks=24, vocab_size=50304),
+    "xlstm-7b": xLSTMLargeConfig(embedding_dim=4096, num_heads=8, num_blocks=32, vocab_size=50304),
+}
+"""Published sizes for ``--random-weights``."""
+
+BITS = {"int8": 8, "int4": 4}
+_BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.01, "int4": 0.5625}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure how fast a model writes on this CPU, and how fast memory would allow it to.
+
+    Steps of the decode engine alternate with reads of a large array; the share of the bound compares the two.
+    """
+
+    model: str
+    """Checkpoint directory or hub id; with --random-weights a size: xlstm-160m, xlstm-400m, xlstm-7b."""
+    random_weights: bool = False
+    """Measure a published size with random weights; speed does not depend on their values."""
+    dtype: Literal["float32", "bf16", "int8", "int4"] | None = None
+    """Type of the weights; as stored unless given (bf16 for random weights)."""
+    state_dtype: Literal["float32", "bf16"] = "float32"
+    """Type of the matrix memories between tokens."""
+    batch: int = 1
+    """Sequences that step together."""
+    context: int = 0
+    """Tokens to read before measuring. What a step costs does not depend on them."""
+    seconds: float = 5.0
+    """Time to measure for."""
+    threads: int | None = None
+    """Threads; all cores unless given."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(BenchOptions, arguments, command="bench", examples=EXAMPLES)
+    for name in ("batch", "seconds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if options.context < 0:
+        raise ValueError(f"--context must not be negative, got {options.context}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.random_weights:
+        model = random_model(options.model, options.dtype or "bf16", options.batch)
+    else:
+        model = _stored_model(options)
+    state_dtype = torch.bfloat16 if options.state_dtype == "bf16" else torch.float32
+    engine = DecodeEngine(model, state_dtype=state_dtype)
+    state, read_rate = None, None
+    if options.context:
+        state, read_rate = _read(model, options.context)
+    held = engine.open(None if state is None else state.fork(options.batch), rows=options.batch)
+    speed = measure_decode(model, held, seconds=options.seconds)
+    _report(options, model, speed, read_rate)
+    return 0
+
+
+def random_model(name: str, dtype: str, batch: int = 1) -> xLSTMLarge:
+    """A published size with random weights of ``dtype``.
+
+    Raises:
+        ValueError: an unknown size, or not enough memory for it.
+    """
+    if name not in SIZES:
+        raise ValueError(
+            f"no published size '{name}' for --random-weights: choose one of {', '.join(SIZES)}."
+            f"{nearest_name(name, SIZES)}"
+        )
+    config = SIZES[name]
+    embedding = config.vocab_size * config.embedding_dim
+    weights = (parameter_count(config) - embedding) * _BYTES[dtype]
+    needed = int(weights + embedding * max(_BYTES[dtype], 2.0)) + 2 * batch * state_bytes(config) + (1 << 29)
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{name} in {dtype} with {batch} sequences needs {needed / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free: choose a smaller type, size or batch"
+        )
+    with torch.device("meta"):
+        model = xLSTMLarge(config).to(torch.float32 if dtype == "float32" else torch.bfloat16)
+        if dtype in BITS:
+            quantize_model(model, Quantization(bits=BITS[dtype]), weights=False)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            _fill(tensor, generator)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.scales.abs_()
+    return model.eval()
+
+
+def _fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Random numbers, repeated from one block: drawing billions would take minutes."""
+    flat = tensor.view(-1)
+    block = min(flat.numel(), 1 << 22)
+    if tensor.is_floating_point():
+        values = 0.02 * torch.randn(block, generator=generator)
+    else:
+        values = torch.randint(0, 256, (block,), generator=generator, dtype=torch.uint8).view(torch.int8)
+    if tensor.dtype == torch.uint8:
+        values = values.view(torch.uint8)
+    for start in range(0, flat.numel(), block):
+        flat[start : start + block] = values[: flat.numel() - start]
+
+
+def _stored_model(options: BenchOptions) -> nn.Module:
+    if options.model in SIZES:
+        raise ValueError(f"'{options.model}' is the name of a size: add --random-weights to measure it")
+    plain = {"float32": "float32", "bf16": "bfloat16"}.get(options.dtype or "")
+    model, _ = load_pretrained(options.model, dtype=plain, device="cpu")
+    if options.dtype in BITS:
+        quantize_model(model, Quantization(bits=BITS[options.dtype]))
+    return model.eval()
+
+
+def _read(model: nn.Module, context: int) -> tuple[Any, float]:
+    """A state after ``context`` random tokens, and the tokens per second at which they were read."""
+    runner = ModelRunner(model)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(runner.vocab_size, (context,), generator=generator).tolist()
+    state, start = runner.initial_state(), time.perf_counter()
+    for piece in runner.pieces(tokens):
+        state = runner.read(piece, state)
+    return state, context / (time.perf_counter() - start)
+
+
+def _report(options: BenchOptions, model: nn.Module, speed: DecodeSpeed, read_rate: float | None) -> None:
+    kind = options.dtype or ("bf16" if options.random_weights else "as stored")
+    if options.json:
+        facts = dataclasses.asdict(options) | dataclasses.asdict(speed)
+        facts |= {"dtype": kind, "prefill_tokens_per_second": read_rate, "threads": torch.get_num_threads()}
+        print(json.dumps(facts | {"disturbed": speed.disturbed}, indent=2))
+        return
+    threads, rows = torch.get_num_threads(), options.batch
+    print(f"{options.model}, {kind}, batch {rows}, after {options.context:,} tokens, {threads} threads")
+    if read_rate is not None:
+        print(f"prompt:  {read_rate:,.0f} tokens/s")
+    print(f"decode:  {speed.tokens_per_second:,.1f} tokens/s ({speed.step_seconds * 1e3:.2f} ms per step)")
+    print(
+        f"bound:   {speed.bound_tokens_per_second:,.1f} tokens/s "
+        f"({speed.bytes_per_step / 1e6:,.0f} MB per step at {speed.bandwidth / 1e9:.1f} GB/s)"
+    )
+    print(f"reached: {speed.share_of_bound:.0%} of the bound, median of {speed.steps} pairs")
+    if speed.disturbed:
+        print(
+            f"note: the machine is busy; other processes used {speed.cores_used_by_others:.1f} cores "
+            "meanwhile, so these figures are too low"
+        )

@@ -1,0 +1,137 @@
+"""How fast the decode engine is on this machine, beside what its memory allows.
+
+Decoding reads every weight once per token and reads and writes the states, so it is bound by memory. Shared
+machines change their bandwidth from one second to the next: the bound is therefore measured between the
+steps, by reading a large array with the same threads, and the share of the bound is a median over such pairs.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from openxlstm.inference.engine import HeldState
+from openxlstm.ops.products import read_memory
+from openxlstm.state import leaves
+
+PROBE_BYTES = 128 << 20
+BUSY = 0.1
+"""Cores that other processes may use before a measurement counts as disturbed."""
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """A measurement of decoding; rates are medians."""
+
+    tokens_per_second: float
+    """All sequences together."""
+    step_seconds: float
+    bound_tokens_per_second: float
+    """What reading ``bytes_per_step`` at the measured bandwidth would allow."""
+    share_of_bound: float
+    bandwidth: float
+    """Bytes per second of the read probe."""
+    bytes_per_step: int
+    """Weights once, states twice (read and written)."""
+    steps: int
+    cores_used_by_others: float | None
+    """During the measurement; None where the system does not say."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes took so much that the figures are too low."""
+        return (self.cores_used_by_others or 0.0) > BUSY
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decode step reads: all but the embedding, of which it reads a row."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tied = any(
+                m.weight.data_ptr() == module.weight.data_ptr()
+                for m in model.modules()
+                if isinstance(m, nn.Linear)
+            )
+            if not tied:
+                tensors.pop(module.weight.data_ptr(), None)
+    return sum(tensors.values())
+
+
+def state_bytes(held: HeldState) -> int:
+    """Bytes of the states that ``held`` stands for, as the engine keeps them."""
+    engine = held.engine
+    return sum(t.nbytes for t in leaves(engine.states)) // engine.slots * len(held.slots)
+
+
+def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -> DecodeSpeed:
+    """Alternate decode steps, in place, with reads of memory for ``seconds``, at least ten of each.
+
+    Args:
+        model: the engine's model, for the size of its weights.
+        held: states to go on from; they are advanced by random tokens.
+        seconds: time to spend.
+    """
+    engine, batch = held.engine, len(held.slots)
+    traffic = weight_bytes(model) + 2 * state_bytes(held)
+    probe = torch.ones(PROBE_BYTES // 4)
+    generator = torch.Generator().manual_seed(0)
+    steps: list[float] = []
+    rates: list[float] = []
+    begin = before = None
+    while begin is None or len(steps) < 10 or time.perf_counter() - begin < seconds:
+        tokens = torch.randint(engine.vocab_size, (batch,), generator=generator).tolist()
+        start = time.perf_counter()
+        read_memory(probe)
+        middle = time.perf_counter()
+        engine.step(tokens, held, reuse=True)
+        end = time.perf_counter()
+        if before is None:  # the first round wakes threads and maps pages
+            before, begin = _cpu_seconds(), time.perf_counter()
+            continue
+        rates.append(PROBE_BYTES / (middle - start))
+        steps.append(end - middle)
+    elapsed, after = time.perf_counter() - begin, _cpu_seconds()
+    others = None
+    if before is not None and after is not None:
+        others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / elapsed
+    step, bandwidth = statistics.median(steps), statistics.median(rates)
+    return DecodeSpeed(
+        tokens_per_second=batch / step,
+        step_seconds=step,
+        bound_tokens_per_second=batch * bandwidth / traffic,
+        share_of_bound=statistics.median(traffic / t / r for t, r in zip(steps, rates, strict=True)),
+        bandwidth=bandwidth,
+        bytes_per_step=traffic,
+        steps=len(steps),
+        cores_used_by_others=others,
+    )
+
+
+def _cpu_seconds() -> tuple[float, float] | None:
+    """Seconds that all processes, and this one, have spent on the processors."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, interrupts, soft, stolen = (int(field) for field in fields[:8])
+    busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return busy, own.user + own.system
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still get, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -24,7 +24,7 @@ def rows() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
-        for label, group in report["groups"].items():
+        for label, group in report.get("groups", {}).items():
             if "speed_ratio" not in group:
                 continue
             ours, peer = (group["variants"][group[key]] for key in ("fastest_ours", "fastest_peer"))

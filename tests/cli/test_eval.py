@@ -116,3 +116,19 @@ def test_mistakes_about_texts(
 ) -> None:
     names = {"MODEL": str(model), "TEXT": str(text)}
     assert text_in_line in mistake("eval", *(names.get(word, word) for word in words))
+
+
+def test_inside(
+    cli: Callable, mistake: Callable, model: Path, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    result = cli("inspect", model, "--text", text, "--tokens", "40", "--output", tmp_path / "inside")
+    assert result.code == 0, result.err
+    assert "half-life" in result.out
+    figures = json.loads((tmp_path / "inside" / "inside.json").read_text())
+    assert [head["head"] for head in figures["heads"]] == [0, 1]
+    assert len(figures["tokens"]) == 41
+    names = {path.name for path in (tmp_path / "inside").iterdir()}
+    assert names == {"inside.json", "block0-forget.png", "block0-input.png", "block0-retrieval.png"}
+    assert "is a recipe; give a checkpoint" in mistake("inspect", recipe, "--text", text)
+    assert "--tokens must lie between" in mistake("inspect", model, "--text", text, "--tokens", "1")

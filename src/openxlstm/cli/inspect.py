@@ -1,4 +1,4 @@
-"""``openxlstm inspect``: what a checkpoint or a recipe's model is made of. Reads no weights."""
+"""``openxlstm inspect``: what a checkpoint or a recipe's model is made of; with a text, what its heads do."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ from openxlstm.config import config_to_dict, read_mapping
 
 EXAMPLES = """\
   openxlstm inspect runs/demo/model
-  openxlstm inspect recipes/xlstm_7b.yaml"""
+  openxlstm inspect recipes/xlstm_7b.yaml
+  openxlstm inspect runs/demo/model --text novel.txt"""
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Show the configuration, the size and the cost of a model, without loading its weights."""
+    """Show the configuration, the size and the cost of a model, without loading its weights.
+
+    With a text, load it and show what it does there: gates over time, how fast each head forgets, which past
+    tokens it retrieves.
+    """
 
     model: Annotated[str, Positional, arg(metavar="MODEL|RECIPE.yaml")]
     """Checkpoint directory, hub id, or recipe."""
     context_length: int = 2048
     """Tokens that training, reading a prompt and decoding are counted for."""
+    text: Path | None = None
+    """Look inside on this text: a file, a directory, or prepared data."""
+    tokens: int = 128
+    """How many tokens of the text to look at."""
+    output: Path = Path("runs/inspect")
+    """Directory of plots and figures of the text."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,6 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     path = Path(options.model)
     tokenizer: Any = None
     if path.suffix in (".yaml", ".yml") and not path.is_dir():
+        if options.text is not None:
+            raise ValueError(f"--text needs a trained model, and '{path}' is a recipe; give a checkpoint")
         model = read_mapping(path).get("model")
         if not isinstance(model, dict):
             raise ValueError(f"'{path}' has no section 'model', so it is not a recipe")
@@ -64,6 +77,10 @@ def run(arguments: Sequence[str]) -> int:
     rows += [(name, _short(value)) for name, value in config_to_dict(config).items()]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    if options.text is not None:
+        from openxlstm.cli.inspect_text import look_inside
+
+        look_inside(options.model, options.text, options.tokens, options.output)
     return 0
 
 

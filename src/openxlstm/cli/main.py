@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "convert": "convert a checkpoint between the published layouts",
     "quantize": "write a checkpoint with int8 or int4 weights",
     "inspect": "show what a checkpoint or a recipe's model is made of",
+    "plan": "what to train with a budget: size, tokens, loss, time, memory, cost of inference",
     "scaling": "scaling laws: reproduce the published study, run and fit your own",
     "bench": "measure how fast a model writes on this CPU, and what its memory allows",
     "doctor": "show this machine: versions, backends, measured speed",

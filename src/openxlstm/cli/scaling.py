@@ -108,6 +108,8 @@ class FitOptions:
     """Report to write."""
     title: str = "A scaling study"
     """Heading of the report."""
+    laws: Path | None = None
+    """Also write the fitted laws of the families xlstm and transformer, for `openxlstm plan --laws`."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -139,8 +141,30 @@ def _fit(arguments: Sequence[str]) -> int:
     with _warnings_as_notes():
         results = analyse(read_runs(options.table))
     print_summary(results)
+    if options.laws is not None:
+        _write_laws(results, options.laws, str(options.table))
     print(f"report: {study_report(results, options.title).write(options.output)}")
     return 0
+
+
+def _write_laws(results: Sequence[Any], path: Path, source: str) -> None:
+    """The laws of the families that can be planned for.
+
+    Raises:
+        ValueError: none of them could be fitted.
+    """
+    from openxlstm.scaling.laws import law_of, write_laws
+
+    names = {"xlstm": "xlstm", "mlstm": "xlstm", "transformer": "transformer", "llama": "transformer"}
+    laws = {
+        names[result.family]: law_of(result.law, result.runs["flops"], result.runs["context_length"].iloc[0])
+        for result in results
+        if result.law is not None and result.family in names
+    }
+    if not laws:
+        raise ValueError("no family of the table (xlstm, transformer) has enough runs for a parametric law")
+    write_laws(laws, path, source)
+    print(f"laws:   {path}")
 
 
 def _sweep(arguments: Sequence[str]) -> int:

@@ -4,9 +4,9 @@ Two experiments: IsoFLOP profiles (at each budget, sizes on both sides of the ex
 tokens per parameter (each size at several ratios, for over-training). Learning rates and batch sizes are
 assumptions, stated in the report:
 
-* below 80 million parameters the compute laws of DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954):
-  rate 0.3118 C^-0.1250, tokens per batch 0.2920 C^0.3271;
-* from 80 million on the peak rates and batches of the published xLSTM study (arXiv 2510.02228), interpolated
+* below 80 million parameters and 1e18 FLOPs the compute laws of DeepSeek LLM (Bi et al. 2024,
+  arXiv 2401.02954): rate 0.3118 C^-0.1250, tokens per batch 0.2920 C^0.3271;
+* otherwise the peak rates and batches of the published xLSTM study (arXiv 2510.02228), interpolated
   in the logarithm of the size.
 """
 
@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {"xlstm": "xlstm_large", "transformer": "transformer_
 PUBLISHED_RATES = ((1.6e8, 3e-3), (4.0e8, 3e-3), (8.3e8, 1e-3), (1.4e9, 8e-4), (2.7e9, 7e-4), (7e9, 5e-4))
 PUBLISHED_BATCHES = ((4.0e8, 2**20), (8.3e8, 2**21), (1.4e9, 2**21), (2.7e9, 2**22), (7e9, 2**22))
 SMALLEST_PUBLISHED = 8e7
+LEAST_PUBLISHED = 1e18
 SHAPE = ("embedding_dim", "num_heads", "num_blocks", "vocab_size", "ffn_round_up_to_multiple_of")
 RATIO = 20.0
 """Tokens per parameter that profiles are centred on (Hoffmann et al. 2022)."""
@@ -67,14 +68,14 @@ class PlannedRun:
 
 def recommended_rate(num_params: float, flops: float) -> float:
     """Peak learning rate: an assumption, see the module's text."""
-    if num_params < SMALLEST_PUBLISHED:
+    if num_params < SMALLEST_PUBLISHED and flops < LEAST_PUBLISHED:
         return float(f"{0.3118 * flops**-0.1250:.2g}")
     return float(f"{_interpolate(num_params, PUBLISHED_RATES):.2g}")
 
 
 def recommended_batch(num_params: float, flops: float) -> float:
     """Tokens per step: an assumption, see the module's text."""
-    if num_params < SMALLEST_PUBLISHED:
+    if num_params < SMALLEST_PUBLISHED and flops < LEAST_PUBLISHED:
         return 0.2920 * flops**0.3271
     return _interpolate(num_params, PUBLISHED_BATCHES)
 
@@ -101,7 +102,8 @@ def shapes(family: str, vocab_size: int) -> list[xLSTMLargeConfig | TransformerL
         *range(64, 128, 16),
         *range(128, 512, 32),
         *range(512, 1024, 64),
-        *range(1024, 8193, 128),
+        *range(1024, 8192, 128),
+        *range(8192, 20481, 512),
     ]
     for width in widths:
         depth = max(2, round(min(width / 48, 24 + (width - 1152) / 256)))

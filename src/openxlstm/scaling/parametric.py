@@ -71,9 +71,7 @@ class ParametricFit:
     def __call__(self, num_params: Any, num_tokens: Any) -> Any:
         """Predicted loss."""
         shape = np.broadcast_shapes(np.shape(num_params), np.shape(num_tokens))
-        logs = _log_loss(
-            np.array([self.parameters]), *(np.ravel(np.log(u)) for u in (num_params, num_tokens))
-        )
+        logs = log_loss(np.array([self.parameters]), *(np.ravel(np.log(u)) for u in (num_params, num_tokens)))
         return np.exp(logs[0]).reshape(shape)
 
     @property
@@ -107,7 +105,7 @@ class ParametricFit:
         Raises:
             ValueError: the fit has no bootstrap samples.
         """
-        logs = _log_loss(self._samples(), np.log([num_params]), np.log([num_tokens]))[:, 0]
+        logs = log_loss(self._samples(), np.log([num_params]), np.log([num_tokens]))[:, 0]
         if prediction:
             generator = np.random.default_rng(seed)
             residuals = self.residuals - self.residuals.mean()
@@ -357,7 +355,7 @@ class _Problem:
         )  # fmt: skip
 
 
-def _log_loss(points: Array, log_n: Any, log_d: Any) -> Array:
+def log_loss(points: Array, log_n: Any, log_d: Any) -> Array:
     """ln L, (S, n), of parameters (S, 6) at (n) points."""
     a, b, e, alpha, beta, gamma = (points[:, [column]] for column in range(6))
     inner = np.logaddexp(a - alpha * np.asarray(log_n), b - beta * np.asarray(log_d))

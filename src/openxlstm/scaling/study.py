@@ -25,6 +25,12 @@ ASSUMPTIONS = (
 )
 
 
+RUN_TABLE = (
+    "model", "experiment", "isoflop", "preset_ratio", "num_params", "num_tokens", "flops", "val_loss",
+    "learning_rate", "global_batch_size", "num_steps", "embedding_dim", "num_blocks",
+)  # fmt: skip
+
+
 @dataclass
 class FamilyResult:
     """What the runs of one family give."""
@@ -55,10 +61,10 @@ def analyse(table: Table, seed: int = 0) -> list[FamilyResult]:
 
 def _analyse_family(family: str, runs: Table, seed: int) -> FamilyResult:
     result = FamilyResult(family, runs)
-    profiles = runs[runs["isoflop"].notna()] if "isoflop" in runs.columns else runs[:0]
+    groups = list(runs.groupby("isoflop")) if "isoflop" in runs.columns else []
     for variable in ("num_params", "num_tokens"):
         fits: list[IsoFlopFit] = []
-        for budget, group in profiles.groupby("isoflop"):
+        for budget, group in groups:
             sizes, losses = group[variable].to_numpy(), group["val_loss"].to_numpy()
             try:
                 flops = float(group["flops"].mean())
@@ -104,13 +110,16 @@ def study_report(
         report.text(fact)
     report.heading("Assumptions and limits")
     report.notes([*limits, *ASSUMPTIONS])
-    report.heading("IsoFLOP profiles")
-    report.figure([_profile_chart(result, variable) for result in results for variable in result.profiles])
-    report.table(
-        ("family", "budget", "N*", "95 % interval", "D*", "D*/N*", "loss at N*", "runs", "noise"),
-        [row for result in results for row in _optimum_rows(result)],
-        "Minima of the parabolas, and the scatter of the runs around them",
-    )
+    if any(result.profiles["num_params"] for result in results):
+        report.heading("IsoFLOP profiles")
+        report.figure(
+            [_profile_chart(result, variable) for result in results for variable in result.profiles]
+        )
+        report.table(
+            ("family", "budget", "N*", "95 % interval", "D*", "D*/N*", "loss at N*", "runs", "noise"),
+            [row for result in results for row in _optimum_rows(result)],
+            "Minima of the parabolas, and the scatter of the runs around them",
+        )
     if any(result.laws for result in results):
         report.heading("Optimal size and tokens against compute")
         report.table(
@@ -118,7 +127,7 @@ def study_report(
             [row for result in results for row in _law_rows(result)],
             "Power laws through the optima",
         )
-        report.figure(_law_charts(results))
+    report.figure(_law_charts(results))
     if any(result.slopes for result in results):
         report.heading("Over-training")
         rows = [
@@ -143,23 +152,13 @@ def study_report(
         report.heading("Doubts")
         report.notes(notes)
     report.heading("Runs")
-    names = (
-        "model",
-        "experiment",
-        "isoflop",
-        "num_params",
-        "num_tokens",
-        "flops",
-        "val_loss",
-        "learning_rate",
-    )
-    names += ("global_batch_size", "num_steps", "embedding_dim", "num_blocks")
+    columns = [name for name in RUN_TABLE if all(name in result.runs.columns for result in results)]
     rows = [
-        [None if isinstance(row[n], float) and np.isnan(row[n]) else _plain(row[n]) for n in names]
+        [None if isinstance(row[n], float) and np.isnan(row[n]) else _plain(row[n]) for n in columns]
         for result in results
         for _, row in result.runs.iterrows()
     ]
-    report.table(names, rows)
+    report.table(columns, rows)
     return report
 
 
@@ -218,7 +217,8 @@ def _law_charts(results: Sequence[FamilyResult]) -> list[Chart]:
                     Series([f.flops for f in fits], [f.optimum for f in fits], result.family, "points", color)
                 )
                 series.append(Series(x, law(x), f"exponent {law.exponent:.3f}", "dashed", color))
-        charts.append(Chart(label, "FLOPs", label, series, log_y=True))
+        if series:
+            charts.append(Chart(label, "FLOPs", label, series, log_y=True))
     series = []
     for color, result in enumerate(results):
         runs = result.runs

@@ -13,6 +13,7 @@ from cases import CASES, Case, run
 from test_chunkwise import conditioning, plain_formula
 
 from openxlstm.ops import dispatch, explain, mlstm
+from openxlstm.ops.gpu import configurations
 from openxlstm.state import mLSTMState
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
@@ -55,6 +56,17 @@ def compare(case, inputs, rel_error, *, chunk_size=None, losses="hcnm", values=5
 def test_float32_values_and_gradients(name, device, rel_error):
     case = CASES[name].but(batch=1, time=min(CASES[name].time, 37))
     compare(case, inputs_of(case, device), rel_error, chunk_size=16)
+
+
+@pytest.mark.parametrize("name", ["plain", "odd_dims", "reset_and_forget", "sigmoid_unnormalized"])
+def test_state_on_the_chip(name, device, rel_error, monkeypatch):
+    """The other forward schedule, which the shapes of these tests would not choose."""
+    tiles = configurations.mlstm(device, torch.float32).resident
+    monkeypatch.setattr(configurations, "resident", lambda *_: tiles)
+    case = CASES[name].but(batch=1, time=37, with_state=True)
+    compare(case, inputs_of(case, device), rel_error)
+    case = case.but(v_dim=40, heads=1)
+    compare(case, inputs_of(case, device), rel_error, chunk_size=13, losses="h")
 
 
 @pytest.mark.parametrize("losses", ["h", "c", "n", "m", "cnm"])

@@ -64,7 +64,10 @@ class MLSTM:
     states: Tiles = Tiles()
     output: Tiles = Tiles(v=128)
     state_gradients: Tiles = Tiles()
-    inputs: Tiles = Tiles()
+    inputs: Tiles = Tiles(warps=8)
+    resident: Tiles = Tiles(k=64, warps=8)
+    """The forward schedule with the state on the chip; ``k`` is the largest query/key dimension it takes
+    (from 128 on, every tiling tried spills 350 bytes per thread or more)."""
 
 
 _SINGLE = MLSTM(
@@ -74,11 +77,15 @@ _SINGLE = MLSTM(
     output=Tiles(time=32, rows=32, k=32, stages=1),
     state_gradients=Tiles(time=32, stages=1),
     inputs=Tiles(time=32, k=32, v=32, stages=1),
+    resident=Tiles(time=32, k=64, v=32, stages=1),
 )
 
 MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
     ("default", "half"): MLSTM(),
     ("default", "single"): _SINGLE,
+    ("sm_90", "half"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
+    ("sm_100", "half"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
+    ("gfx942", "half"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
 }
 
 
@@ -98,6 +105,17 @@ def mlstm(device: torch.device, dtype: torch.dtype) -> MLSTM:
     width = "single" if dtype == torch.float32 else "half"
     name = architecture(device)
     return MLSTM_TABLE.get((name, width)) or MLSTM_TABLE["default", width]
+
+
+def resident(device: torch.device, dtype: torch.dtype, pairs: int, dk: int, dv: int) -> Tiles | None:
+    """Tiles of the forward schedule that keeps the state on the chip, or None where states between chunks are
+    the better schedule: the state does not fit, or its programs (heads x tiles of value columns) would leave
+    more than a quarter of the multiprocessors idle while they walk over the sequence."""
+    tiles = mlstm(device, dtype).resident
+    if device.type != "cuda" or dk > tiles.k:
+        return None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return tiles if pairs * -(-dv // min(tiles.v, tile_of(dv))) >= 0.75 * processors else None
 
 
 def step(device: torch.device) -> Tiles:

@@ -1,11 +1,12 @@
 """Backend ``triton`` of the mLSTM: Tiled Flash Linear Attention on GPUs, exact gradients.
 
-``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does, in two launches forwards
-(gate scalars apart: states between chunks, then all chunks in parallel) and four backwards (states again, row
-scalars, state gradients, then dQ, dK and dV of each chunk from shared score tiles). Any length, any head
-dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16 or float16; gates, normaliser and
-returned states are float32, sums of gates float64. States between chunks are kept in bfloat16 for bfloat16
-inputs, else in float32.
+``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does. Forwards, gate scalars
+apart: one launch with the state on the chip where heads and value columns fill the machine, else two (states
+between chunks, then all chunks in parallel); :func:`configurations.resident` is the rule. Backwards four:
+states again, row scalars, state gradients, then dQ, dK and dV of each chunk from shared score tiles. Any
+length, any head dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16 or float16;
+gates, normaliser and returned states are float32, sums of gates float64. States between chunks are kept in
+bfloat16 for bfloat16 inputs, else in float32.
 
 Gradients do not depend on how forward and backward choose their chunk lengths. Not twice differentiable; the
 backend ``recurrent`` is. Source: arXiv 2503.14376; derivation in docs/kernels.md.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops.gpu import configurations
-from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, unit_stride
+from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, triton_type, unit_stride
 from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 
 
@@ -84,6 +85,54 @@ def _states(
     return c_states, n_states, c_last, n_last
 
 
+def _outputs(
+    inputs: tuple[Tensor, ...],
+    scalars: Scalars,
+    states: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    length: int,
+    normalize: bool,
+    eps: float,
+) -> None:
+    """Fill h, r and den from the states entering the chunks, all chunks in parallel."""
+    q, k, v = inputs
+    batch, time, heads, dk = q.shape
+    dv, chunks = v.shape[-1], scalars.keep.shape[-1]
+    tiles = configurations.mlstm(q.device, q.dtype).output.cut(length, dk, dv)
+    grid = (-(-dv // tiles.v) * -(-length // tiles.rows) * batch * heads * chunks,)
+    kernel("mlstm.triton_forward", "output_kernel")[grid](
+        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.floor,
+        *states, *outputs, eps, -0.5 * math.log2(dk),
+        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
+        NORMALIZE=normalize, BQ=tiles.rows, BT=tiles.time, BK=tiles.k, BV=tiles.v,
+        PRECISION=precision(q.dtype), **tiles.options,
+    )  # fmt: skip
+
+
+def _resident(
+    inputs: tuple[Tensor, ...],
+    scalars: Scalars,
+    first: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    tiles: configurations.Tiles,
+    length: int,
+    normalize: bool,
+    eps: float,
+) -> None:
+    """Fill h, r, den and the last c, n, with the state on the chip throughout."""
+    q, k, v = inputs
+    batch, time, heads, dk = q.shape
+    dv, chunks = v.shape[-1], scalars.keep.shape[-1]
+    tiles = tiles.cut(length, dk, dv)
+    kernel("mlstm.triton_forward", "resident_kernel")[(batch * heads, -(-dv // tiles.v))](
+        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.to_state,
+        scalars.keep, scalars.floor, *first, *outputs, eps, -0.5 * math.log2(dk),
+        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
+        NORMALIZE=normalize, CARRIED=triton_type(carried_dtype(q.dtype)), BT=tiles.time, BK=tiles.k,
+        BV=tiles.v, PRECISION=precision(q.dtype), **tiles.options,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("openxlstm::mlstm_triton", mutates_args=())
 def _forward(
     q: Tensor,
@@ -110,22 +159,22 @@ def _forward(
         c, n = (x.clone(memory_format=torch.contiguous_format) for x in (c0, n0))
         return h, c, n, m, r, den
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    config = configurations.mlstm(q.device, q.dtype)
-    length = min(chunk_size or config.forward_chunk, time)
-    scalars = _scalars(i, f, m0, reset, length, sigmoid)
-    c_states, n_states, c_last, n_last = _states(
-        k, v, scalars, c0.contiguous(), n0.contiguous(), length, last=True
-    )
-    tiles = config.output.cut(length, dk, dv)
-    chunks = scalars.keep.shape[-1]
-    grid = (-(-dv // tiles.v) * -(-length // tiles.rows) * batch * heads * chunks,)
-    kernel("mlstm.triton_forward", "output_kernel")[grid](
-        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.floor,
-        c_states, n_states, h, r, den, eps, -0.5 * math.log2(dk),
-        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
-        NORMALIZE=normalize, BQ=tiles.rows, BT=tiles.time, BK=tiles.k, BV=tiles.v,
-        PRECISION=precision(q.dtype), **tiles.options,
-    )  # fmt: skip
+    resident = configurations.resident(q.device, q.dtype, batch * heads, dk, dv)
+    if resident is not None:
+        length = min(chunk_size or resident.time, resident.time, time)
+        scalars = _scalars(i, f, m0, reset, length, sigmoid)
+        c_last, n_last = (x.new_empty(x.shape) for x in (c0, n0))
+        _resident(
+            (q, k, v), scalars, (c0.contiguous(), n0.contiguous()), (h, r, den, c_last, n_last), resident,
+            length, normalize, eps,
+        )  # fmt: skip
+    else:
+        length = min(chunk_size or configurations.mlstm(q.device, q.dtype).forward_chunk, time)
+        scalars = _scalars(i, f, m0, reset, length, sigmoid)
+        c_states, n_states, c_last, n_last = _states(
+            k, v, scalars, c0.contiguous(), n0.contiguous(), length, last=True
+        )
+        _outputs((q, k, v), scalars, (c_states, n_states), (h, r, den), length, normalize, eps)
     if not normalize:
         r.zero_()
         den.fill_(1.0)

@@ -34,20 +34,24 @@ def rows_kernel(
     pid = tl.program_id(0)
     pair = (pid // tiles).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    position = (pid % tiles) * BT + tl.arange(0, BT)
+    row = tl.arange(0, BT)
+    position = (pid % tiles) * BT + row
     valid = position < time
+    begin = (pid % tiles).to(tl.int64) * BT
+    h += ((batch * time + begin) * heads + head) * dv
+    dh += batch * d_b + begin * d_t + head * d_h
     total = tl.zeros((BT,), tl.float32)
     for v0 in range(0, dv, BV):
         in_v = v0 + tl.arange(0, BV)
-        a = load_rows(h + batch * time * heads * dv + head * dv, position, heads * dv, in_v, valid, dv)
-        b = load_rows(dh + batch * d_b + head * d_h, position, d_t, in_v, valid, dv)
+        a = load_rows(h, row, heads * dv, in_v, valid, dv)
+        b = load_rows(dh, row, d_t, in_v, valid, dv)
         total += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     at = pair * time + position
-    row = tl.load(r + at, mask=valid, other=0.0)
-    inside = tl.abs(row) > tl.load(floor + at, mask=valid, other=1.0)
+    value = tl.load(r + at, mask=valid, other=0.0)
+    inside = tl.abs(value) > tl.load(floor + at, mask=valid, other=1.0)
     p = 1.0 / tl.load(den + at, mask=valid, other=1.0)
     tl.store(inverse + at, p, mask=valid)
-    tl.store(delta + at, tl.where(inside, tl.where(row < 0, -total, total), 0.0), mask=valid)
+    tl.store(delta + at, tl.where(inside, tl.where(value < 0, -total, total), 0.0), mask=valid)
     tl.store(along + at, total * p, mask=valid)
 
 
@@ -73,7 +77,7 @@ def state_gradients_kernel(
     q += batch * q_b + head * q_h
     dh += batch * d_b + head * d_h
     in_k, in_v = pid_k * BK + tl.arange(0, BK), pid_v * BV + tl.arange(0, BV)
-    tile = in_k[:, None].to(tl.int64) * dv + in_v[None, :]
+    tile = in_k[:, None] * dv + in_v[None, :]
     inside = (in_k < dk)[:, None] & (in_v < dv)[None, :]
     grad = tl.load(dc + pair * dk * dv + tile, mask=inside, other=0.0)
     grad_n = tl.load(dn + pair * dk + in_k, mask=in_k < dk, other=0.0)
@@ -86,14 +90,16 @@ def state_gradients_kernel(
         decay = tl.load(keep + at)
         grad *= decay
         grad_n *= decay
+        begin = tl.cast(chunk, tl.int64) * length
         for start in range(0, length, BT):
             here = start + tl.arange(0, BT)
             position = chunk * length + here
             valid = (here < length) & (position < time)
             weight = tl.load(carry_in + at * length + here, mask=valid, other=0.0) * scale
             weight *= tl.load(inverse + pair * time + position, mask=valid, other=0.0)
-            weighted = load_rows(q, position, q_t, in_k, valid, dk).to(tl.float32) * weight[:, None]
-            outer = load_rows(dh, position, d_t, in_v, valid, dv).to(c_states.dtype.element_ty)
+            weighted = load_rows(q + begin * q_t, here, q_t, in_k, valid, dk)
+            weighted = weighted.to(tl.float32) * weight[:, None]
+            outer = load_rows(dh + begin * d_t, here, d_t, in_v, valid, dv).to(c_states.dtype.element_ty)
             grad = tl.dot(tl.trans(weighted.to(outer.dtype)), outer, grad, input_precision=PRECISION)
             if NORMALIZE:
                 error = tl.load(delta + pair * time + position, mask=valid, other=0.0)
@@ -137,6 +143,11 @@ def inputs_kernel(
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
     dh += batch * d_b + head * d_h
+    begin = chunk.to(tl.int64) * length
+    q += begin * q_t
+    k += begin * k_t
+    v += begin * v_t
+    dh += begin * d_t
     carried_type = c_states.dtype.element_ty
     row = tl.arange(0, BT)
     position = chunk * length + row
@@ -145,14 +156,14 @@ def inputs_kernel(
     scores = tl.zeros((BT, BT), tl.float32)
     for k0 in range(0, dk, BK):
         in_k = k0 + tl.arange(0, BK)
-        queries = load_rows(q, position, q_t, in_k, valid, dk)
-        keys = load_rows(k, position, k_t, in_k, valid, dk)
+        queries = load_rows(q, row, q_t, in_k, valid, dk)
+        keys = load_rows(k, row, k_t, in_k, valid, dk)
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
     d_scores = tl.zeros((BT, BT), tl.float32)
     for v0 in range(0, dv, BV):
         in_v = v0 + tl.arange(0, BV)
-        grads = load_rows(dh, position, d_t, in_v, valid, dv)
-        values = load_rows(v, position, v_t, in_v, valid, dv)
+        grads = load_rows(dh, row, d_t, in_v, valid, dv)
+        values = load_rows(v, row, v_t, in_v, valid, dv)
         d_scores = tl.dot(grads, tl.trans(values), d_scores, input_precision=PRECISION)
 
     here = at * length
@@ -166,7 +177,10 @@ def inputs_kernel(
     scores = (scores * weights).to(v.dtype.element_ty)
     beta = tl.load(carry_in + at * length + row, mask=valid, other=0.0) * tl.exp2(log2_scale) * p
     alpha = tl.load(to_state + at * length + row, mask=valid, other=0.0)
-    to = (batch * time + position.to(tl.int64)) * heads + head
+    to = (batch * time + begin) * heads + head
+    dq += to * dk
+    dk_out += to * dk
+    dv_out += to * dv
 
     out = tl.zeros((BT,), tl.float32)
     into = tl.zeros((BT,), tl.float32)
@@ -177,10 +191,10 @@ def inputs_kernel(
         for v0 in range(0, dv, BV):
             in_v = v0 + tl.arange(0, BV)
             c = load_rows(c_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
-            grads = load_rows(dh, position, d_t, in_v, valid, dv).to(carried_type)
+            grads = load_rows(dh, row, d_t, in_v, valid, dv).to(carried_type)
             carried_q = tl.dot(grads, tl.trans(c), carried_q, input_precision=PRECISION)
             dc = load_rows(dc_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
-            values = load_rows(v, position, v_t, in_v, valid, dv).to(carried_type)
+            values = load_rows(v, row, v_t, in_v, valid, dv).to(carried_type)
             carried_k = tl.dot(values, tl.trans(dc), carried_k, input_precision=PRECISION)
         dn = tl.load(dn_states + at * dk + in_k, mask=in_k < dk, other=0.0)
         carried_k = (carried_k + dn[None, :]) * alpha[:, None]
@@ -188,13 +202,13 @@ def inputs_kernel(
             n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
             carried_q -= error[:, None] * n[None, :]
         carried_q *= beta[:, None]
-        queries = load_rows(q, position, q_t, in_k, valid, dk)
-        keys = load_rows(k, position, k_t, in_k, valid, dk)
+        queries = load_rows(q, row, q_t, in_k, valid, dk)
+        keys = load_rows(k, row, k_t, in_k, valid, dk)
         carried_q = tl.dot(d_scores, keys.to(carried_type), carried_q, input_precision=PRECISION)
         carried_k = tl.dot(tl.trans(d_scores), queries.to(carried_type), carried_k, input_precision=PRECISION)
         out += tl.sum(carried_q * queries.to(tl.float32), 1)
         into += tl.sum(carried_k * keys.to(tl.float32), 1)
-        there = to[:, None] * dk + in_k[None, :]
+        there = row[:, None] * (heads * dk) + in_k[None, :]
         inside = valid[:, None] & (in_k < dk)[None, :]
         tl.store(dq + there, carried_q.to(dq.dtype.element_ty), mask=inside)
         tl.store(dk_out + there, carried_k.to(dk_out.dtype.element_ty), mask=inside)
@@ -207,13 +221,13 @@ def inputs_kernel(
         total = tl.zeros((BT, BV), tl.float32)
         for k0 in range(0, dk, BK):
             in_k = k0 + tl.arange(0, BK)
-            keys = load_rows(k, position, k_t, in_k, valid, dk).to(tl.float32) * alpha[:, None]
+            keys = load_rows(k, row, k_t, in_k, valid, dk).to(tl.float32) * alpha[:, None]
             dc = load_rows(dc_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
             total = tl.dot(keys.to(carried_type), dc, total, input_precision=PRECISION)
-        grads = load_rows(dh, position, d_t, in_v, valid, dv)
+        grads = load_rows(dh, row, d_t, in_v, valid, dv)
         total = tl.dot(tl.trans(scores), grads, total, input_precision=PRECISION)
         tl.store(
-            dv_out + to[:, None] * dv + in_v[None, :],
+            dv_out + row[:, None] * (heads * dv) + in_v[None, :],
             total.to(dv_out.dtype.element_ty),
             mask=valid[:, None] & (in_v < dv)[None, :],
         )

@@ -19,9 +19,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(pointer, time, stride, columns, valid, extent):
-    """A tile x[time, columns], zero where a position is not valid or a column not below ``extent``."""
-    where = time.to(tl.int64)[:, None] * stride + columns[None, :]
+def load_rows(pointer, row, stride, columns, valid, extent):
+    """A tile x[row, columns], zero where a row is not valid or a column not below ``extent``.
+
+    Offsets in a tile are 32 bits wide, which halves the registers that hold them: callers advance the pointer
+    to the chunk.
+    """
+    where = row[:, None] * stride + columns[None, :]
     return tl.load(pointer + where, mask=valid[:, None] & (columns < extent)[None, :], other=0.0)
 
 
@@ -62,7 +66,7 @@ def states_kernel(
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
     in_k, in_v = pid_k * BK + tl.arange(0, BK), pid_v * BV + tl.arange(0, BV)
-    tile = in_k[:, None].to(tl.int64) * dv + in_v[None, :]
+    tile = in_k[:, None] * dv + in_v[None, :]
     inside = (in_k < dk)[:, None] & (in_v < dv)[None, :]
     c = tl.load(c0 + pair * dk * dv + tile, mask=inside, other=0.0)
     n = tl.load(n0 + pair * dk + in_k, mask=in_k < dk, other=0.0)
@@ -74,13 +78,15 @@ def states_kernel(
         decay = tl.load(keep + at)
         c *= decay
         n *= decay
+        begin = tl.cast(chunk, tl.int64) * length
         for start in range(0, length, BT):
             here = start + tl.arange(0, BT)
             position = chunk * length + here
             valid = (here < length) & (position < time)
             weight = tl.load(to_state + at * length + here, mask=valid, other=0.0)
-            weighted = load_rows(k, position, k_t, in_k, valid, dk).to(tl.float32) * weight[:, None]
-            values = load_rows(v, position, v_t, in_v, valid, dv)
+            weighted = load_rows(k + begin * k_t, here, k_t, in_k, valid, dk)
+            weighted = weighted.to(tl.float32) * weight[:, None]
+            values = load_rows(v + begin * v_t, here, v_t, in_v, valid, dv)
             c = tl.dot(tl.trans(weighted.to(values.dtype)), values, c, input_precision=PRECISION)
             n += tl.sum(weighted, 0)
     if STORE_LAST:
@@ -114,6 +120,10 @@ def output_kernel(
     q += batch * q_b + head * q_h
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
+    begin = chunk.to(tl.int64) * length
+    q += begin * q_t
+    k += begin * k_t
+    v += begin * v_t
     first = pid_q * BQ
     row = first + tl.arange(0, BQ)
     position = chunk * length + row
@@ -127,24 +137,23 @@ def output_kernel(
     r = tl.zeros((BQ,), tl.float32)
     for start in range(0, min(first + BQ, length), BT):
         column = start + tl.arange(0, BT)
-        column_position = chunk * length + column
-        column_valid = (column < length) & (column_position < time)
+        column_valid = (column < length) & (chunk * length + column < time)
         scores = tl.zeros((BQ, BT), tl.float32)
         for k0 in range(0, dk, BK):
             in_k = k0 + tl.arange(0, BK)
-            queries = load_rows(q, position, q_t, in_k, valid, dk)
-            keys = load_rows(k, column_position, k_t, in_k, column_valid, dk)
+            queries = load_rows(q, row, q_t, in_k, valid, dk)
+            keys = load_rows(k, column, k_t, in_k, column_valid, dk)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         scores *= decay_tile(rows, columns, segment, first, log2_scale, row, column, valid, column_valid)
         r += tl.sum(scores, 1)
-        values = load_rows(v, column_position, v_t, in_v, column_valid, dv)
+        values = load_rows(v, column, v_t, in_v, column_valid, dv)
         num = tl.dot(scores.to(values.dtype), values, num, input_precision=PRECISION)
 
     carried = tl.zeros((BQ, BV), tl.float32)
     r_carried = tl.zeros((BQ,), tl.float32)
     for k0 in range(0, dk, BK):
         in_k = k0 + tl.arange(0, BK)
-        queries = load_rows(q, position, q_t, in_k, valid, dk)
+        queries = load_rows(q, row, q_t, in_k, valid, dk)
         c = load_rows(c_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
         carried = tl.dot(queries.to(c.dtype), c, carried, input_precision=PRECISION)
         if NORMALIZE:
@@ -160,9 +169,78 @@ def output_kernel(
         if pid_v == 0:
             tl.store(r_out + pair * time + position, r, mask=valid)
             tl.store(den_out + pair * time + position, den, mask=valid)
-    to = (batch * time + position.to(tl.int64)) * heads + head
+    h += ((batch * time + begin) * heads + head) * dv
     tl.store(
-        h + to[:, None] * dv + in_v[None, :],
+        h + row[:, None] * (heads * dv) + in_v[None, :],
         num.to(h.dtype.element_ty),
         mask=valid[:, None] & (in_v < dv)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["time", "length", "chunks", "log2_scale"])
+def resident_kernel(
+    q, k, v,  # (B, T, H, D)
+    rows, columns, segment,  # (B * H, N, L) float64, float64, int32
+    carry_in, to_state,  # (B * H, N, L) float32
+    keep,  # (B * H, N) float32
+    floor,  # (B * H, T) float32: exp(-m)
+    c0, n0,  # (B * H, DK, DV), (B * H, DK) float32
+    h,  # out: (B, T, H, DV), contiguous
+    r_out, den_out,  # out: (B * H, T) float32
+    c_last, n_last,  # out: (B * H, DK, DV), (B * H, DK) float32
+    eps, log2_scale,
+    time, heads, dk, dv, length, chunks,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    NORMALIZE: tl.constexpr, CARRIED: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The whole forward pass of BV value columns of one head, the state never leaving the chip (DK <= BK,
+    L <= BT): no state traffic at all, at the price of walking the chunks in order."""
+    pid_v, pair = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    q += batch * q_b + head * q_h
+    k += batch * k_b + head * k_h
+    v += batch * v_b + head * v_h
+    in_k, in_v, row = tl.arange(0, BK), pid_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    tile = in_k[:, None] * dv + in_v[None, :]
+    inside = (in_k < dk)[:, None] & (in_v < dv)[None, :]
+    c = tl.load(c0 + pair * dk * dv + tile, mask=inside, other=0.0)
+    n = tl.load(n0 + pair * dk + in_k, mask=in_k < dk, other=0.0)
+    for chunk in range(chunks):
+        at = pair * chunks + chunk
+        here = at * length
+        position = chunk * length + row
+        valid = (row < length) & (position < time)
+        begin = tl.cast(chunk, tl.int64) * length
+        queries = load_rows(q + begin * q_t, row, q_t, in_k, valid, dk)
+        keys = load_rows(k + begin * k_t, row, k_t, in_k, valid, dk)
+        values = load_rows(v + begin * v_t, row, v_t, in_v, valid, dv)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        scores *= decay_tile(
+            rows + here, columns + here, segment + here, 0, log2_scale, row, row, valid, valid
+        )
+        beta = tl.load(carry_in + here + row, mask=valid, other=0.0) * tl.exp2(log2_scale)
+        num = tl.dot(queries.to(CARRIED), c.to(CARRIED), input_precision=PRECISION) * beta[:, None]
+        num = tl.dot(scores.to(values.dtype), values, num, input_precision=PRECISION)
+        if NORMALIZE:
+            r = tl.sum(scores, 1) + beta * tl.sum(queries.to(tl.float32) * n[None, :], 1)
+            low = tl.load(floor + pair * time + position, mask=valid, other=1.0)
+            den = tl.maximum(tl.abs(r), low) + eps
+            num = num / den[:, None]
+            if pid_v == 0:
+                tl.store(r_out + pair * time + position, r, mask=valid)
+                tl.store(den_out + pair * time + position, den, mask=valid)
+        to = h + ((batch * time + begin) * heads + head) * dv
+        tl.store(
+            to + row[:, None] * (heads * dv) + in_v[None, :],
+            num.to(h.dtype.element_ty),
+            mask=valid[:, None] & (in_v < dv)[None, :],
+        )
+        decay = tl.load(keep + at)
+        weight = tl.load(to_state + here + row, mask=valid, other=0.0)
+        weighted = keys.to(tl.float32) * weight[:, None]
+        c = tl.dot(tl.trans(weighted.to(values.dtype)), values, c * decay, input_precision=PRECISION)
+        n = n * decay + tl.sum(weighted, 0)
+    tl.store(c_last + pair * dk * dv + tile, c, mask=inside)
+    if pid_v == 0:
+        tl.store(n_last + pair * dk + in_k, n, mask=in_k < dk)

@@ -69,7 +69,7 @@ struct Product {
 
 // The same with a quantised weight (int8 or int4) and activations rounded to integers -limit .. limit, limit at most
 // 32767. x (batch, columns) and y (batch, rows) have no gaps; codes (batch, stride) and scales (batch) are working space
-// that the library provides, stride being columns rounded up to a multiple of 64.
+// that the library provides, stride being columns rounded up to a multiple of 64, and 64 more.
 struct QuantizedProduct {
     Weight weight;
     const float *x;

@@ -15,28 +15,63 @@ constexpr int64_t SECTION = 512, TILE_ROWS = 16, PANELS = 4;
 
 #if defined(__AVX2__)
 
-// 16 rows x n columns (n even) of `codes` as pairs: panel[(c / 2) * 32 + r * 2 + c % 2]; rows beyond `rows` are zero.
-inline void expand_int8(const int8_t *w, int64_t row_stride, int64_t rows, int64_t n, int64_t padded, int16_t *panel) {
-    for (int64_t r = 0; r < TILE_ROWS; ++r)
-        for (int64_t c = 0; c < padded; ++c)
-            panel[(c / 2) * 32 + r * 2 + c % 2] = r < rows && c < n ? w[r * row_stride + c] : 0;
+// 16 rows of 16 bytes as 16-bit pairs: panel[(c / 2) * 32 + r * 2 + c % 2].
+inline void interleave(const __m128i *bytes, int16_t *panel) {
+    for (int half = 0; half < 2; ++half, bytes += 8, panel += 16) {
+        __m128i two[8], four[8];
+        unrolled<4>([&](auto i) {
+            two[i] = _mm_unpacklo_epi16(bytes[2 * i], bytes[2 * i + 1]);
+            two[4 + i] = _mm_unpackhi_epi16(bytes[2 * i], bytes[2 * i + 1]);
+        });
+        unrolled<4>([&](auto i) {
+            four[2 * i] = _mm_unpacklo_epi32(two[2 * i], two[2 * i + 1]);
+            four[2 * i + 1] = _mm_unpackhi_epi32(two[2 * i], two[2 * i + 1]);
+        });
+        unrolled<8>([&](auto k) {  // columns 2 k and 2 k + 1 of eight rows
+            const __m128i first = four[k / 4 * 4 + k / 2 % 2], second = four[k / 4 * 4 + k / 2 % 2 + 2];
+            const __m128i pairs = k % 2 ? _mm_unpackhi_epi64(first, second) : _mm_unpacklo_epi64(first, second);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(panel + k * 32), _mm256_cvtepi8_epi16(pairs));
+        });
+    }
 }
 
-inline void expand_int4(const uint8_t *w, int64_t row_bytes, int64_t rows, int64_t padded, int16_t *panel) {
-    for (int64_t r = 0; r < TILE_ROWS; ++r)
-        for (int64_t c = 0; c < padded; ++c) {
-            const int byte = r < rows ? w[r * row_bytes + c / 32 * 16 + c % 16] : 0x88;
-            panel[(c / 2) * 32 + r * 2 + c % 2] = static_cast<int16_t>((c % 32 < 16 ? byte & 15 : byte >> 4) - 8);
+// 16 rows x n columns, rows beyond `rows` and columns up to the next multiple of 16 being zero.
+inline void expand_int8(const int8_t *w, int64_t row_stride, int64_t rows, int64_t n, int16_t *panel) {
+    for (int64_t c = 0; c < n; c += 16) {
+        __m128i bytes[TILE_ROWS] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+            if (n - c >= 16)
+                bytes[r] = load_bytes(w + r * row_stride + c);
+            else
+                __builtin_memcpy(&bytes[r], w + r * row_stride + c, n - c);
         }
+        interleave(bytes, panel + c * TILE_ROWS);
+    }
 }
 
-// to0, to1 += low, high times the pair of codes at p. Written out because compilers reorder twelve of these until the
+// The same for int4; n is a multiple of 32.
+inline void expand_int4(const uint8_t *w, int64_t row_bytes, int64_t rows, int64_t n, int16_t *panel) {
+    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (int64_t c = 0; c < n; c += 32) {
+        __m128i low[TILE_ROWS] = {}, high[TILE_ROWS] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+            const __m128i bytes = load_bytes(w + r * row_bytes + c / 2);
+            low[r] = _mm_sub_epi8(_mm_and_si128(bytes, mask), eight);
+            high[r] = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), eight);
+        }
+        interleave(low, panel + c * TILE_ROWS);
+        interleave(high, panel + (c + 16) * TILE_ROWS);
+    }
+}
+
+// to += low, high times the pair of codes at p. Written out because compilers reorder twelve of these until the
 // sums no longer fit into registers.
-inline void add_pair(__m256i &to0, __m256i &to1, __m256i low, __m256i high, const int16_t *p) {
-    __m256i pair, product;
+inline void add_pair(__m256i (&to)[2], __m256i low, __m256i high, const int16_t *p) {
+    __m256i pair, product, to0 = to[0], to1 = to[1];  // copies: what an instruction writes to cannot be an array's element
     __asm__("vpbroadcastd %6, %2\n\tvpmaddwd %2, %4, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %1, %1"
             : "+x"(to0), "+x"(to1), "=&x"(pair), "=&x"(product)
             : "x"(low), "x"(high), "m"(*reinterpret_cast<const int16_t(*)[2]>(p)));
+    to[0] = to0, to[1] = to1;
 }
 
 // One panel for TOKENS vectors over n columns in groups of `group`; scales (groups, 16).
@@ -49,7 +84,7 @@ inline void multiply_panel(const int16_t *panel, const float *scales, int64_t n,
         __m256i dot[TOKENS][2] = {};
         for (; c < end; c += 2) {
             const __m256i low = load16(panel + c * TILE_ROWS), high = load16(panel + c * TILE_ROWS + 16);
-            unrolled<TOKENS>([&](auto t) { add_pair(dot[t][0], dot[t][1], low, high, x.codes + t * x.stride + c); });
+            unrolled<TOKENS>([&](auto t) { add_pair(dot[t], low, high, x.codes + t * x.stride + c); });
         }
         const __m256 scale[2] = {_mm256_loadu_ps(scales), _mm256_loadu_ps(scales + 8)};
         unrolled<TOKENS>([&](auto t) {
@@ -84,7 +119,7 @@ void multiply_many(const oxl::Weight &w, int64_t begin, int64_t end, const Codes
                 float *scale = scales + p * TILE_ROWS * (SECTION / 32);
                 if (w.kind == oxl::WEIGHT_INT8) {
                     const int64_t left = w.columns - first < n ? w.columns - first : n;
-                    expand_int8(static_cast<const int8_t *>(w.data) + r * w.columns + first, w.columns, rows, left, n, panel);
+                    expand_int8(static_cast<const int8_t *>(w.data) + r * w.columns + first, w.columns, rows, left, panel);
                 } else {
                     expand_int4(static_cast<const uint8_t *>(w.data) + (r * width + first) / 2, width / 2, rows, n, panel);
                 }

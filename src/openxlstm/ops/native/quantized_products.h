@@ -39,12 +39,13 @@ inline __m256 splat_bf16(const uint16_t *p) {
                                                 _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// to += a times 16 codes. Written out because compilers reorder a batch of these until the sums leave the registers.
-inline void add_products(__m256i &to, __m256i a, const int16_t *codes) {
+// `to` + a times b. Written out because compilers reorder a batch of these until the sums leave the registers.
+inline __m256i add_products(__m256i to, __m256i a, __m256i b) {
     __m256i product;
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
             : "+x"(to), "=&x"(product)
-            : "x"(a), "m"(*reinterpret_cast<const int16_t(*)[16]>(codes)));
+            : "x"(a), "x"(b));
+    return to;
 }
 
 // Integer dot products of ROWS rows with BATCH vectors over n <= BLOCK_COLUMNS columns, as floats.
@@ -55,7 +56,8 @@ inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_
         __m256i wide[ROWS];
         unrolled<ROWS>([&](auto r) { wide[r] = _mm256_cvtepi8_epi16(load_bytes(from + r * stride)); });
         unrolled<BATCH>([&](auto b) {
-            unrolled<ROWS>([&](auto r) { add_products(total[r][b], wide[r], x.codes + b * x.stride + c); });
+            const __m256i code = load16(x.codes + b * x.stride + c);
+            unrolled<ROWS>([&](auto r) { total[r][b] = add_products(total[r][b], wide[r], code); });
         });
     };
     int64_t c = 0;
@@ -247,7 +249,7 @@ void multiply_codes(const oxl::Weight &w, int64_t begin, int64_t end, const Code
 void multiply_quantized(const oxl::Weight &w, int64_t begin, int64_t end, const float *x, int64_t x_stride,
                         int64_t batch, float *y, int64_t y_stride) {
     constexpr int64_t MOST = 8, ROWS = 128;
-    int16_t codes[MOST * BLOCK_COLUMNS];
+    int16_t codes[MOST * (BLOCK_COLUMNS + PAD)];
     float scales[MOST];
     const int64_t step = batch > MOST ? ROWS : end - begin;  // rows that several parts of a large batch meet in cache
     for (int64_t row = begin; row < end; row += step)
@@ -260,9 +262,9 @@ void multiply_quantized(const oxl::Weight &w, int64_t begin, int64_t end, const 
             }
             for (int64_t first = 0; first < w.columns; first += BLOCK_COLUMNS) {
                 const int64_t n = w.columns - first < BLOCK_COLUMNS ? w.columns - first : BLOCK_COLUMNS;
-                const int64_t stride = oxl::round_up(n, PAD);
+                const int64_t stride = oxl::round_up(n, PAD) + PAD;  // the rows of powers of two would share cache sets
                 for (int64_t k = 0; k < part; ++k)
-                    round_activations(x + (b + k) * x_stride + first, n, stride, found[k].factor, codes + k * stride);
+                    round_activations(x + (b + k) * x_stride + first, n, stride - PAD, found[k].factor, codes + k * stride);
                 multiply_columns(w, row, row + step < end ? row + step : end, first, n, {codes, scales, stride}, part,
                                  y + b * y_stride, y_stride);
             }

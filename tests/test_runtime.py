@@ -15,6 +15,17 @@ import torch
 from openxlstm import runtime
 
 
+def test_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with runtime.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_device_names() -> None:
     assert runtime.resolve_device("cpu") == torch.device("cpu")
     assert runtime.resolve_device(torch.device("cpu")) == torch.device("cpu")

@@ -135,6 +135,21 @@ def _cpu_capabilities() -> dict[str, Any]:
     return {flag: getattr(torch.cpu, name)() for flag, name in probes.items() if hasattr(torch.cpu, name)}
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch's operations on the calling thread alone, for work that is small.
+
+    Sharing tens of microseconds of work costs as much as it saves, PyTorch's threads go on spinning
+    afterwards, and with another program on one of the cores every operation waits for the scheduler.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------- seeds
 
 

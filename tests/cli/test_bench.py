@@ -63,7 +63,7 @@ def test_bytes_of_a_step() -> None:
 
 def test_a_busy_machine_is_noticed(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(((0.0, 0.0), (100.0, 1.0)))
-    monkeypatch.setattr(measurement, "_cpu_seconds", lambda: next(seconds))
+    monkeypatch.setattr(measurement, "cpu_seconds", lambda: next(seconds))
     out = cli("bench", "--model", "xlstm-160m", "--random-weights", "--seconds", "0.05").out
     assert "the machine is busy" in out
 

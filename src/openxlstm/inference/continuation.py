@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openxlstm.inference.sampling import Sampler, SamplingConfig
 from openxlstm.inference.text import TextStream
+from openxlstm.runtime import one_thread
 
 if TYPE_CHECKING:
     from openxlstm.checkpoint.tokenizer import Tokenizer
@@ -93,14 +94,15 @@ class Continuation:
 
         The end-of-text token ends the text without becoming part of it.
         """
-        token = self.sampler.draw(logits)
-        if token == self.eos_id:
-            self.finish_reason = "eos"
-            return ""
-        self.tokens.append(token)
-        self.sampler.observe(token)
-        values = logits.float()
-        self.logprobs.append(float(values[token] - values.logsumexp(dim=-1)))
+        with one_thread():
+            token = self.sampler.draw(logits)
+            if token == self.eos_id:
+                self.finish_reason = "eos"
+                return ""
+            self.tokens.append(token)
+            self.sampler.observe(token)
+            values = logits.float()
+            self.logprobs.append(float(values[token] - values.logsumexp(dim=-1)))
         self.remaining -= 1
         piece, stopped = self.text.push(token)
         if stopped:

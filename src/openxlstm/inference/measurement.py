@@ -93,11 +93,11 @@ def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -
         engine.step(tokens, held, reuse=True)
         end = time.perf_counter()
         if before is None:  # the first round wakes threads and maps pages
-            before, begin = _cpu_seconds(), time.perf_counter()
+            before, begin = cpu_seconds(), time.perf_counter()
             continue
         rates.append(PROBE_BYTES / (middle - start))
         steps.append(end - middle)
-    elapsed, after = time.perf_counter() - begin, _cpu_seconds()
+    elapsed, after = time.perf_counter() - begin, cpu_seconds()
     others = None
     if before is not None and after is not None:
         others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / elapsed
@@ -114,7 +114,7 @@ def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -
     )
 
 
-def _cpu_seconds() -> tuple[float, float] | None:
+def cpu_seconds() -> tuple[float, float] | None:
     """Seconds that all processes, and this one, have spent on the processors."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]

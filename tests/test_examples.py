@@ -19,6 +19,7 @@ EXPECTED = {
     "to_transformers": "largest difference:",
     "train_and_generate": "tokens in",
     "parity": "accuracy at length 100: ",
+    "scaling_law": "doubts: none\n1e20 FLOPs, xlstm: ",
 }
 
 

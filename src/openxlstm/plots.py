@@ -261,6 +261,7 @@ def draw_charts(charts: Sequence[Chart], columns: int = 2) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     if not charts:
         raise ValueError("there are no charts to draw")
@@ -274,6 +275,8 @@ def draw_charts(charts: Sequence[Chart], columns: int = 2) -> bytes:
             _draw_series(axes, series)
         if chart.log_x:
             axes.set_xscale("log")
+            if max(axes.get_xlim()) > 8 * min(axes.get_xlim()):  # labels between the powers would collide
+                axes.xaxis.set_minor_formatter(NullFormatter())
         if chart.log_y:
             axes.set_yscale("log")
         _style(axes)

@@ -61,7 +61,7 @@ def test_an_exact_law_is_found_exactly():
     assert fit.constants["E"] == pytest.approx(LAW["E"], rel=1e-6)
     assert (fit.alpha, fit.beta) == pytest.approx((LAW["alpha"], LAW["beta"]), rel=1e-6)
     assert fit.r_squared == pytest.approx(1.0)
-    assert fit.agreeing_starts >= 1
+    assert fit.agreeing_starts >= 2
     assert fit.optimum(1e22).num_params * fit.optimum(1e22).num_tokens == pytest.approx(1e22 / 6)
     best = fit.optimum(1e22)
     for factor in (0.9, 1.1):
@@ -161,7 +161,7 @@ def test_a_thousand_starts_take_seconds():
     start = time.process_time()
     fit = fit_parametric(n, d, losses, starts=2000, polish=4)
     assert time.process_time() - start < 20
-    assert fit.agreeing_starts >= 1
+    assert fit.agreeing_starts >= 2
 
 
 def test_fits_are_reproducible():

@@ -101,7 +101,7 @@ def test_a_study_runs_stops_and_goes_on(data: Path, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "#SBATCH --array=0-2%2" in printed
     assert main([*words, "--launcher", "torchrun", "--jobs", "4"]) == 0
-    assert printed.count(".yaml") == capsys.readouterr().out.count("torchrun --standalone --nproc-per-node 4")
+    assert printed.count(".yaml") == capsys.readouterr().out.count("torchrun --standalone --nproc-per-node 1")
     assert main([*words, *begin, "--minutes", "0"]) == 2  # nothing is finished yet
     capsys.readouterr()
     assert main([*words, "--jobs", "2"]) == 0

@@ -83,7 +83,7 @@ class SweepOptions:
     context_length: int = 512
     """Tokens per training sequence."""
     jobs: int = 1
-    """Runs at a time (processes); for torchrun processes per run, for slurm array tasks at a time."""
+    """Runs at a time, each one process; for slurm array tasks at a time."""
     threads: int = 1
     """CPU threads of each process."""
     minutes: float | None = None

@@ -50,7 +50,7 @@ class ParametricFit:
     losses: Array = field(repr=False)
     """Losses of the runs."""
     agreeing_starts: int = 0
-    """How many of the polished starts ended at this objective (to 1e-6)."""
+    """How many of the starts came within 1 % of this objective before polishing."""
     samples: Array | None = field(default=None, repr=False)
     """Bootstrap samples of the parameters, (S, 6)."""
 
@@ -174,8 +174,8 @@ class ParametricFit:
             notes.append(
                 "the irreducible loss E is practically zero: the data do not reach its neighbourhood"
             )
-        if self.agreeing_starts == 1:
-            notes.append("only one start reached the best objective: there may be better ones")
+        if self.agreeing_starts < 2:
+            notes.append("at most one start came near the best objective: there may be better ones")
         if self.samples is not None:
             for name in ("alpha", "beta"):
                 low, high = self.parameter_intervals()[name]
@@ -231,7 +231,7 @@ def fit_parametric(
     points, values = minimize_batch(problem.model, problem.targets, points, delta, iterations=80)
     best = [problem.polish(points[index]) for index in _distinct(points, values, polish)]
     objective, point = min(best, key=lambda pair: pair[0])
-    agreeing = sum(value <= objective * (1 + 1e-6) for value, _ in best)
+    agreeing = int((values <= 1.01 * objective + 1e-12).sum())
     return ParametricFit(
         problem.to_global(point), objective, delta, free_gamma, n, d, losses, agreeing_starts=agreeing
     )

@@ -83,7 +83,7 @@ def _analyse_family(family: str, runs: Table, seed: int) -> FamilyResult:
     if "preset_ratio" in runs.columns:
         labelled = runs[runs["preset_ratio"].notna() & (runs["preset_ratio"].astype(str) != "")]
         try:
-            result.slopes = overtraining_slopes(labelled)
+            result.slopes = overtraining_slopes(labelled) if len(labelled) else {}
         except ValueError as error:
             result.notes.append(f"{family}: {error}")
     try:

@@ -159,8 +159,8 @@ class Sweep:
         """Commands for the unfinished runs, for a shell, ``torchrun`` or SLURM.
 
         Args:
-            launcher: ``"shell"``, ``"torchrun"`` (each run over ``jobs`` processes) or ``"slurm"`` (an array
-                job with at most ``jobs`` runs at a time).
+            launcher: ``"shell"``, ``"torchrun"`` or ``"slurm"`` (an array job with at most ``jobs`` runs at a
+                time). Each run is one process, on one device.
             jobs: see ``launcher``.
 
         Raises:
@@ -170,7 +170,7 @@ class Sweep:
         if launcher == "shell":
             return "\n".join(f"openxlstm train {recipe}" for recipe in recipes)
         if launcher == "torchrun":
-            stem = f"torchrun --standalone --nproc-per-node {jobs} -m openxlstm.cli train"
+            stem = "torchrun --standalone --nproc-per-node 1 -m openxlstm.cli train"  # one process trains
             return "\n".join(f"{stem} {recipe}" for recipe in recipes)
         if launcher == "slurm":
             lines = ["#!/bin/bash", "#SBATCH --job-name=openxlstm-sweep", "#SBATCH --gres=gpu:1"]

@@ -10,6 +10,8 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 EXPECTED = {
+    "state_tracking": "slstm-no-recurrence: accuracy at lengths 40 to 256: 0.",
+    "text_score": "bits per byte: ",
     "backbone": "same result: True",
     "cells": "gru: (2, 50, 4, 16)",
     "export": "compiled, same logits: True",

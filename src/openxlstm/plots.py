@@ -176,7 +176,15 @@ def plot_matrix(
             for c, value in enumerate(row):
                 if value is not None:
                     color = "white" if value > middle else INK
-                    axes.text(c, r, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
+                    axes.text(
+                        c,
+                        r,
+                        f"{value + 0.0:.2f}".replace("-0.00", "0.00"),
+                        ha="center",
+                        va="center",
+                        color=color,
+                        fontsize="small",
+                    )
     else:
         figure.colorbar(image, ax=axes)
     for labels, ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):

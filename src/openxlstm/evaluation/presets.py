@@ -35,7 +35,7 @@ def trade_off(seeds: Sequence[int] = (0,)) -> list[Trial]:
     trials: list[Trial] = []
     for seed in seeds:
         trials += [Trial("parity", model, width=32, steps=400, seed=seed) for model in xlstms]
-        trials += [Trial("s3", model, width=64, steps=800, seed=seed) for model in xlstms]
+        trials += [Trial("s3", model, width=64, steps=500, seed=seed) for model in xlstms]
         trials += [
             Trial("mqar-small", model, width=64, blocks=2, steps=350, seed=seed, **recall)
             for model in ("mlstm", "slstm")

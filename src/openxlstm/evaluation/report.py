@@ -166,7 +166,7 @@ def draw(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], output: Path
             output / "overview.png",
             rows=models,
             columns=tasks,
-            title="scaled accuracy beyond the training lengths",
+            title="scaled accuracy",
         )
     ]
     for task in tasks:

@@ -21,8 +21,10 @@ MODULUS = 5
 DIGIT = 1  # token of the digit 0
 PLUS, MINUS, TIMES, EQUALS, OPEN, CLOSE, UNKNOWN = 6, 7, 8, 9, 10, 11, 12
 SYMBOLS = {PLUS: "+", MINUS: "-", TIMES: "*", EQUALS: "=", OPEN: "(", CLOSE: ")", UNKNOWN: "x"}
-LOGARITHM = np.array([0, 0, 1, 3, 2], dtype=np.int8)  # to base 2, of 1 to 4 mod 5
+LOGARITHM = np.array([0, 0, 1, 3, 2], dtype=np.uint8)  # to base 2, of 1 to 4 mod 5
 POWER = np.array([1, 2, 4, 3], dtype=np.int8)
+SIGN = np.array([1, -1], dtype=np.int8)
+OPERATION = np.array([1, -1, 0], dtype=np.int16)  # factor of the right side of + - *
 
 
 def render(tokens: Sequence[int]) -> str:
@@ -69,18 +71,18 @@ def running_value(digits: NDArray[np.uint8], operators: NDArray[np.uint8]) -> ND
     zero if a zero is among its factors; both are differences of running sums. The terms before it add up.
     """
     starts = operators < 2
-    place = np.where(starts, np.arange(digits.shape[1], dtype=np.int32), 0)
-    first = np.maximum.accumulate(place, axis=1)  # where the current term began
-    logs = np.cumsum(LOGARITHM[digits], axis=1, dtype=np.int32)
-    zeros = np.cumsum(digits == 0, axis=1, dtype=np.int32)
-    before = np.take_along_axis(logs - LOGARITHM[digits], first, axis=1)
-    zeros_before = np.take_along_axis(zeros - (digits == 0), first, axis=1)
-    term = np.where(zeros > zeros_before, np.int8(0), POWER[(logs - before) & 3])
-    negative = np.take_along_axis(operators, first, axis=1) == 1
-    term = np.where(negative, -term, term)
-    closed = np.zeros(term.shape, dtype=np.int32)  # the terms that ended before each digit
-    np.cumsum(np.where(starts[:, 1:], term[:, :-1], 0), axis=1, out=closed[:, 1:])
-    return ((closed + term) % MODULUS).astype(np.int16)
+    place = np.arange(digits.shape[1], dtype=np.int32)
+    own = LOGARITHM[digits]
+    logs = np.cumsum(own, axis=1, dtype=np.uint8)  # mod 256, and so mod 4
+    about = ((logs - own) & np.uint8(3)) | (operators << np.uint8(2))  # of a term that begins here
+    term_of = np.maximum.accumulate(np.where(starts, (place << 4) | about, 0), axis=1)
+    last_zero = np.maximum.accumulate(np.where(digits == 0, place, -1), axis=1)
+    term = POWER[(logs - term_of.astype(np.uint8)) & np.uint8(3)]
+    term[last_zero >= term_of >> 4] = 0
+    term *= SIGN[(term_of >> 2) & 1]
+    closed = np.zeros(term.shape, dtype=np.int16)  # the terms that ended before each digit
+    np.cumsum(term[:, :-1] * starts[:, 1:], axis=1, dtype=np.int16, out=closed[:, 1:])
+    return (closed + term) % np.int16(MODULUS)
 
 
 def ask_value(tokens: NDArray, lengths: Lengths, answers: NDArray) -> tuple[NDArray, NDArray]:
@@ -95,25 +97,16 @@ class Expressions(NamedTuple):
 
     tokens: NDArray[np.uint8]
     """(B, longest), pad after each expression."""
-    values: NDArray[np.int64]
+    values: NDArray[np.int16]
     """(B,), mod 5."""
-
-
-class _Level(NamedTuple):
-    """Nodes of one depth: digits, negations or operations, and where their parts stand in the next level."""
-
-    operator: NDArray[np.int64]
-    """1, -1 or 0 (times) for an operation; -1 for a negation, 1 for brackets alone, with ``right`` -1."""
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    digit: NDArray[np.int64]
 
 
 def bracketed(stream: Stream, lengths: Lengths, operators: int) -> Expressions:
     """Random expressions of exactly the given lengths, over all of the batch at once, depth by depth.
 
     Length 1 is a digit d, 2 is -d, 3 is (d), 4 is (-d); a longer one is (left op right), the length of left
-    uniform from 1 to L - 4.
+    uniform from 1 to L - 4. What a place gets is addressed by the sample and the first symbol of the node,
+    which differs between all nodes that draw, so it does not depend on the batch.
 
     Args:
         stream: one sample per expression.
@@ -122,50 +115,47 @@ def bracketed(stream: Stream, lengths: Lengths, operators: int) -> Expressions:
     """
     longest = int(lengths.max())
     tokens = np.zeros((len(lengths), longest), dtype=np.uint8)
-    # What a place gets is addressed by (sample, start of the node), so it does not depend on the batch: the
-    # starts of nodes that draw a split or an operator are all different.
-    digits = stream.below(MODULUS, longest)
-    chosen = stream.below(operators, longest)
-    fractions = stream.words(longest) >> np.uint64(32)
-    rows, starts, sizes = np.arange(len(lengths)), np.zeros(len(lengths), np.int64), lengths
-    levels: list[_Level] = []
-    while rows.size:
+    flat = tokens.reshape(-1)
+    digits = stream.below(MODULUS, longest).reshape(-1)
+    chosen = np.ascontiguousarray(stream.below(operators, longest)).reshape(-1)
+    fractions = (stream.words(longest) >> np.uint64(32)).view(np.int64).reshape(-1)
+    at, sizes = np.arange(len(lengths)) * longest, lengths  # of the nodes of one depth
+    levels: list[tuple[NDArray, NDArray, NDArray]] = []  # values, which nodes are operations, which operation
+    while at.size:
         composed = sizes > 4
-        digit_at = starts + np.array([0, 1, 1, 2, 2])[np.minimum(sizes, 5) - 1]
-        value = digits[rows, np.minimum(digit_at, longest - 1)].astype(np.int64)
+        values = np.zeros(len(at), dtype=np.int16)
         leaf = ~composed
-        tokens[rows[leaf], digit_at[leaf]] = value[leaf] + DIGIT
-        negated = (sizes == 2) | (sizes == 4)
-        tokens[rows[negated], digit_at[negated] - 1] = MINUS
-        wrapped = sizes >= 3
-        tokens[rows[wrapped], starts[wrapped]] = OPEN
-        tokens[rows[wrapped], (starts + sizes - 1)[wrapped]] = CLOSE
+        if leaf.any():
+            values[leaf] = _write_leaves(flat, digits, at[leaf], sizes[leaf])
+        start, size = at[composed], sizes[composed]
+        left = 1 + ((fractions[start] * (size - 4)) >> 32)
+        operator = chosen[start]
+        middle = start + left + 1
+        flat[start], flat[middle], flat[start + size - 1] = OPEN, operator + np.uint8(PLUS), CLOSE
+        levels.append((values, composed, operator))
+        at = np.concatenate([start + 1, middle + 1])
+        sizes = np.concatenate([left, size - left - 3])
 
-        row, start, size = rows[composed], starts[composed], sizes[composed]
-        left_size = 1 + ((fractions[row, start] * (size - 4).astype(np.uint64)) >> np.uint64(32)).astype(
-            np.int64
-        )
-        operator = chosen[row, start].astype(np.int64)
-        tokens[row, start + 1 + left_size] = operator + PLUS
-        count = len(row)
-        left, right = np.full(len(rows), -1), np.full(len(rows), -1)
-        left[composed], right[composed] = np.arange(count), count + np.arange(count)
-        sign = np.where(negated, -1, 1)
-        sign[composed] = np.array([1, -1, 0])[operator]
-        levels.append(_Level(sign, left, right, value))
-        rows = np.concatenate([row, row])
-        starts = np.concatenate([start + 1, start + 2 + left_size])
-        sizes = np.concatenate([left_size, size - left_size - 3])
-
-    below = np.zeros(1, dtype=np.int64)
-    for level in reversed(levels):
-        inner = level.right >= 0
-        values = level.operator * level.digit
-        a, b = below[level.left[inner]], below[level.right[inner]]
-        op = level.operator[inner]
-        values[inner] = np.where(op == 0, a * b, a + op * b)
-        below = values % MODULUS
+    below = np.zeros(0, dtype=np.int16)
+    for values, composed, operator in reversed(levels):
+        a, b = below[: len(operator)], below[len(operator) :]
+        values[composed] = np.where(operator == 2, a * b, a + OPERATION[operator] * b)
+        below = values % np.int16(MODULUS)
     return Expressions(tokens, below)
+
+
+def _write_leaves(flat: NDArray, digits: NDArray, at: NDArray, sizes: NDArray) -> NDArray:
+    """Write nodes of up to four symbols into ``flat``; returns their values."""
+    place = at + sizes // 2
+    value = digits[place].astype(np.int16)
+    flat[place] = value + DIGIT
+    negative = (sizes & 1) == 0
+    flat[place[negative] - 1] = MINUS
+    wrapped = sizes > 2
+    flat[at[wrapped]] = OPEN
+    flat[(at + sizes)[wrapped] - 1] = CLOSE
+    value[negative] *= -1
+    return value
 
 
 class ModularArithmeticBrackets(Task):

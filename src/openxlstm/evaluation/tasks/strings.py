@@ -81,6 +81,13 @@ class _Rewriting(Task):
     def strings(self, stream: Stream, lengths: Lengths, protocol: str) -> tuple[NDArray, NDArray]:
         longest = int(lengths.max())
         word = stream.below(self.symbols, longest) + np.uint8(1)
+        if (lengths == longest).all():
+            answer = self.rewritten(word, lengths)
+            tokens = np.zeros((len(word), longest + answer.shape[1]), dtype=np.uint8)
+            tokens[:, :longest], tokens[:, longest] = word, self.separator
+            targets = np.full(tokens.shape, IGNORED, dtype=np.int16)
+            targets[:, longest:] = answer
+            return tokens, targets
         word[np.arange(longest) >= lengths[:, None]] = PAD
         rows = np.arange(len(lengths))
         answer = self.rewritten(word, lengths)
@@ -127,6 +134,8 @@ class ReverseString(_Rewriting):
     answers = (1, 2)
 
     def rewritten(self, word: NDArray[np.uint8], lengths: Lengths) -> NDArray[np.int16]:
+        if (lengths == word.shape[1]).all():
+            return word[:, ::-1].astype(np.int16)
         place = lengths[:, None] - 1 - np.arange(word.shape[1])
         turned = np.take_along_axis(word, np.maximum(place, 0), axis=1)
         return np.where(place >= 0, turned, PAD).astype(np.int16)
@@ -142,6 +151,8 @@ class DuplicateString(_Rewriting):
     answers = (1, 2)
 
     def rewritten(self, word: NDArray[np.uint8], lengths: Lengths) -> NDArray[np.int16]:
+        if (lengths == word.shape[1]).all():
+            return np.concatenate([word, word], axis=1).astype(np.int16)
         place = np.arange(2 * word.shape[1])
         twice = np.take_along_axis(word, np.minimum(place % lengths[:, None], word.shape[1] - 1), axis=1)
         return np.where(place < 2 * lengths[:, None], twice, PAD).astype(np.int16)

@@ -1,0 +1,67 @@
+"""The shipped kernel configurations compile for every target, within its budget and without new spills.
+
+The committed table (``resources.json``) names the Triton version it was made with; another version must stay
+within budget and within twice the spills. One scenario per kernel family is compiled here for one target; all
+of them for all targets in the slow test.
+"""
+
+from __future__ import annotations
+
+import json
+
+import compile_kernels as tool
+import pytest
+
+ROWS = json.loads(tool.TABLE.read_text())["rows"]
+
+
+def expected(target: str, scenario: str) -> dict[str, dict]:
+    rows = [row for row in ROWS if (row["target"], row["scenario"]) == (target, scenario)]
+    return {key(row): row for row in rows}
+
+
+def key(row: dict) -> str:
+    return f"{row['kernel']} {row['options']}"
+
+
+def test_table_is_complete_and_within_budget():
+    """Every target and scenario is in the table; shared memory fits; NVIDIA matrix kernels use its units."""
+    assert {(row["target"], row["scenario"]) for row in ROWS} == {
+        (target, scenario) for target in tool.TARGETS for scenario in tool.SCENARIOS
+    }
+    for row in ROWS:
+        assert row["shared"] <= tool.SHARED_MEMORY[row["target"]], key(row)
+        if row["scenario"] == "mlstm-bfloat16" and row["kernel"] != "rows_kernel":
+            unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[row["target"]]
+            assert row["instructions"].get(unit), (key(row), row["instructions"])
+
+
+def compare(target: str, scenario: str) -> None:
+    known = expected(target, scenario)
+    rows = tool.in_process(target, scenario)
+    assert {key(row) for row in rows} == set(known), "configurations changed: rewrite the table"
+    for row in rows:
+        old = known[key(row)]
+        assert row["shared"] <= tool.SHARED_MEMORY[target], key(row)
+        assert row["spills"] <= 2 * old["spills"] + 64, (key(row), row["spills"], old["spills"])
+        assert bool(row["instructions"]) == bool(old["instructions"]), key(row)
+
+
+@pytest.mark.parametrize(
+    ("target", "scenario"), [("sm_90", "step-bfloat16"), ("gfx942", "slstm-64-bfloat16")]
+)
+def test_compiles_as_recorded(triton_device, target, scenario):
+    compare(target, scenario)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", tool.TARGETS)
+@pytest.mark.parametrize("scenario", tool.SCENARIOS)
+def test_everything_compiles_as_recorded(triton_device, target, scenario):
+    compare(target, scenario)
+
+
+def test_a_compiler_that_dies_is_a_failure(monkeypatch):
+    monkeypatch.setattr(tool.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        tool.in_process("sm_90", "step-bfloat16")

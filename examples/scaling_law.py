@@ -20,7 +20,5 @@ print("doubts:", fit.diagnostics() or "none")
 
 laws, _ = read_laws()  # fitted to the published runs; comes with the package
 for family, options in plan(1e20, laws, device=find_device("h100")).items():
-    best = options[0]
-    print(
-        f"1e20 FLOPs, {family}: {best.num_params:.2g} parameters, {best.num_tokens:.2g} tokens, {best.loss:.3f}"
-    )
+    n, d, loss = options[0].num_params, options[0].num_tokens, options[0].loss
+    print(f"1e20 FLOPs, {family}: {n:.2g} parameters, {d:.2g} tokens, loss {loss:.3f}")

@@ -43,6 +43,7 @@ def test_reproduction_with_a_few_parametric_fits(published: Path, tmp_path: Path
     assert "Inference times" in text
 
 
+@pytest.mark.slow
 def test_reproduction_from_the_runs_alone(published: Path, tmp_path: Path) -> None:
     shutil.copy(published / "training_runs.csv", tmp_path / "training_runs.csv")
     assert main(["scaling", "reproduce", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from openxlstm.scaling.design import design, planned_run, recommended_batch, rec
 from openxlstm.scaling.study import analyse, study_report
 from openxlstm.scaling.sweep import Sweep
 
-OPTIONS = {"vocab_size": 257, "context_length": 64}
+OPTIONS: dict[str, Any] = {"vocab_size": 257, "context_length": 64}
 
 
 def test_a_design_meets_its_budgets() -> None:
@@ -74,7 +75,7 @@ def test_recommendations_are_those_of_the_sources() -> None:
     ],
 )
 def test_impossible_designs(changes: dict, message: str) -> None:
-    options = {"budgets": [1e12], **OPTIONS} | changes
+    options: dict[str, Any] = {"budgets": [1e12], **OPTIONS} | changes
     budgets = options.pop("budgets")
     with pytest.raises(ValueError, match=message):
         design(budgets, **options)

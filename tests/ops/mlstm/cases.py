@@ -129,3 +129,20 @@ def run(
         for (name, t), grad in zip(x.items(), grads, strict=True)
     }
     return {name: y.detach() for name, y in outputs.items()}, named
+
+
+def conditioning(inputs: dict[str, Tensor], case: Case) -> Tensor:
+    """Sum of |terms| of the normaliser over its size, per row (B, H, T): the digits that cancelling costs."""
+
+    def normaliser(sign: Any) -> tuple[Tensor, Tensor]:
+        x = {n: t.double() for n, t in inputs.items()}
+        b, h, dk, dv = case.batch, case.heads, case.qk_dim, case.v_dim
+        empty = {"c0": torch.zeros(b, h, dk, dv), "n0": torch.zeros(b, h, dk), "m0": torch.zeros(b, h)}
+        state = [x.get(name, zero.double()) for name, zero in empty.items()]
+        tensors = (sign(x["q"]), sign(x["k"]), x["v"], x["i"], x["f"], state[0], sign(state[1]), state[2])
+        sigmoid = case.input_gate == "sigmoid"
+        options = (case.reset(), sigmoid, case.normalize, case.eps, 16)
+        return torch.ops.openxlstm.mlstm_chunkwise(*tensors, *options)[-2:]
+
+    (size, _), (_, divisor) = normaliser(torch.abs), normaliser(lambda t: t)
+    return size / divisor

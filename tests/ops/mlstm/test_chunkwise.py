@@ -1,4 +1,4 @@
-"""The chunkwise backend against the float64 definition, and the properties every backend must have."""
+"""The chunkwise backends against the float64 definition, and the properties every backend must have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from openxlstm.ops import mlstm
 from openxlstm.ops.mlstm import workspace
+from openxlstm.ops.native import loader
 from openxlstm.state import mLSTMState
+
+
+@pytest.fixture(params=["chunkwise", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that cuts time into chunks, where it can run."""
+    if request.param == "native" and loader.unavailable() is not None:
+        pytest.skip(str(loader.unavailable()))
+    return request.param
 
 
 @pytest.mark.parametrize("losses", ["h", "cnm", "c", "n", "m", "hcnm"])
@@ -29,23 +38,14 @@ def test_float64_values_and_gradients(name, losses, rel_error):
             )
 
 
-def conditioning(inputs: dict, case: Case) -> torch.Tensor:
-    """Sum |P| / den of every row (B, T, H): how much its numerator cancels."""
-    x = {n: t.double() for n, t in inputs.items()}
-    state = mLSTMState(*(x[n].abs() for n in ("c0", "n0")), x["m0"]) if "c0" in x else None
-    ones = torch.ones_like(x["v"])
-    options = {"state": state, "reset": case.reset(), "input_gate": case.input_gate, "eps": case.eps}
-    return mlstm(x["q"].abs(), x["k"].abs(), ones, x["i"], x["f"], backend="recurrent", **options)[..., 0]
-
-
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].gate_std <= 1 and CASES[n].qk_dim > 1])
-def test_float32(name, rel_error):
+def test_float32(name, backend, rel_error):
     """Against the definition in float64 on the same float32 inputs."""
     case = CASES[name].but(time=100, heads=3, qk_dim=32, v_dim=24, forget_mean=1.0)
     inputs = case.inputs(torch.float32)
     exact = {key: t.double() for key, t in inputs.items()}
     expected, expected_grad = run(case, exact, "recurrent", losses="hcnm")
-    actual, actual_grad = run(case, inputs, "chunkwise", chunk_size=32, losses="hcnm")
+    actual, actual_grad = run(case, inputs, backend, chunk_size=32, losses="hcnm")
     for key in expected:
         assert actual[key].dtype == torch.float32
         assert rel_error(actual[key], expected[key]) < 5e-6, key
@@ -54,20 +54,20 @@ def test_float32(name, rel_error):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("native", [False, True])
-def test_half_precision_beats_the_plain_formula(dtype, native, rel_error, monkeypatch):
+@pytest.mark.parametrize("bfloat16_units", [False, True])
+def test_half_precision_beats_the_plain_formula(dtype, bfloat16_units, backend, rel_error, monkeypatch):
     """Never worse than the plain definition evaluated in that precision, and close on the whole."""
-    monkeypatch.setattr(workspace, "has_fast_bfloat16", lambda _: native)
+    monkeypatch.setattr(workspace, "has_fast_bfloat16", lambda _: bfloat16_units)
     case = Case(time=48, qk_dim=16, v_dim=16, forget_mean=3.0)
     inputs = case.inputs(dtype)
     exact = {key: t.double() for key, t in inputs.items()}
     expected, expected_grad = run(case, exact, "recurrent")
-    actual, actual_grad = run(case, inputs, "chunkwise", chunk_size=16)
+    actual, actual_grad = run(case, inputs, backend, chunk_size=16)
     assert actual["h"].dtype == dtype
     assert actual["c"].dtype == torch.float32
     plain = plain_formula(*(inputs[n] for n in "qkvif"))
     assert rel_error(actual["h"], expected["h"]) <= rel_error(plain, expected["h"])
-    tolerance = (2e-2 if native else 6e-3) if dtype == torch.bfloat16 else 2e-3
+    tolerance = (2e-2 if bfloat16_units else 6e-3) if dtype == torch.bfloat16 else 2e-3
     assert rel_error(actual["h"], expected["h"]) < tolerance
     for key, grad in expected_grad.items():
         assert rel_error(actual_grad[key], grad) < 4 * tolerance, key
@@ -209,7 +209,7 @@ def test_packed_documents_are_separate_sequences(backend, input_gate, rel_error)
 
 
 @pytest.mark.parametrize("kind", ["reset", "forget"])
-def test_nothing_crosses_a_boundary(kind):
+def test_nothing_crosses_a_boundary(kind, backend):
     """Bit for bit: neither values, nor states, nor gradients, whatever stands on the other side."""
     case = Case(batch=1, time=40, with_state=True)
     x = case.inputs(torch.float32)
@@ -232,6 +232,7 @@ def test_nothing_crosses_a_boundary(kind):
             return_state=True,
             reset=reset,
             chunk_size=16,
+            backend=backend,
         )
         loss = h[:, 17:].square().sum() + sum(s.square().sum() for s in last)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -243,32 +244,32 @@ def test_nothing_crosses_a_boundary(kind):
         assert torch.equal(a, b)
 
 
-def test_causal_and_row_independent():
+def test_causal_and_row_independent(backend):
     case = Case(batch=3, time=50, qk_dim=16)
     x = case.inputs(torch.float32)
-    h = mlstm(*(x[n] for n in "qkvif"), chunk_size=16)
+    h = mlstm(*(x[n] for n in "qkvif"), chunk_size=16, backend=backend)
     y = {n: t.clone() for n, t in x.items()}
     for name in "qkvif":
         y[name][1, 20:] += 1.0
         y[name][2] *= -2.0
-    other = mlstm(*(y[n] for n in "qkvif"), chunk_size=16)
+    other = mlstm(*(y[n] for n in "qkvif"), chunk_size=16, backend=backend)
     assert torch.equal(other[0], h[0])
     assert torch.equal(other[1, :20], h[1, :20])
 
 
 @pytest.mark.parametrize("layout", ["head_first", "sliced", "expanded"])
-def test_strides(layout, rel_error):
+def test_strides(layout, backend):
     x = Case(time=33).inputs(torch.float32)
-    expected = mlstm(*(x[n] for n in "qkvif"), chunk_size=8)
+    expected = mlstm(*(x[n] for n in "qkvif"), chunk_size=8, backend=backend)
     if layout == "head_first":
         x = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items()}
     elif layout == "sliced":
         x = {n: torch.stack([t, -t], -1)[..., 0] for n, t in x.items()}
     else:
         x["k"] = x["k"][:, :, :1].expand(-1, -1, 2, -1)
-        expected = mlstm(*(x[n].contiguous() for n in "qkvif"), chunk_size=8)
+        expected = mlstm(*(x[n].contiguous() for n in "qkvif"), chunk_size=8, backend=backend)
     leaves = [x[n].detach().requires_grad_() for n in "qkvif"]
-    h = mlstm(*leaves, chunk_size=8)
+    h = mlstm(*leaves, chunk_size=8, backend=backend)
     torch.testing.assert_close(h, expected)
     h.square().sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in leaves)
@@ -279,8 +280,10 @@ EXTREMES = [-torch.inf, -1e3, -100.0, -20.0, 0.0, 20.0, 100.0, 1e3]
 
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_gates(input_gate, dtype):
+def test_extreme_gates(input_gate, dtype, backend):
     """All mixtures of extreme gates: finite, and equal to the definition in float64."""
+    if dtype == torch.float64 and backend == "native":
+        pytest.skip("the native backend computes in float32")
     g = torch.Generator().manual_seed(5)
     case = Case(batch=8, time=24, input_gate=input_gate)
     x = case.inputs(dtype)
@@ -288,7 +291,7 @@ def test_extreme_gates(input_gate, dtype):
     for name in "if":
         x[name] = choices[torch.randint(len(EXTREMES), x[name].shape, generator=g)]
     expected, _ = run(case, {n: t.double() for n, t in x.items()}, "recurrent")
-    actual, grads = run(case, x, "chunkwise", chunk_size=7, losses="h")
+    actual, grads = run(case, x, backend, chunk_size=7, losses="h")
     well = torch.isfinite(expected["h"]).all(-1)
     assert well.all()
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
@@ -297,10 +300,10 @@ def test_extreme_gates(input_gate, dtype):
     assert all(torch.isfinite(t).all() for t in grads.values())
 
 
-def test_closed_input_gates_give_zero():
+def test_closed_input_gates_give_zero(backend):
     x = Case(time=20).inputs(torch.float32)
     x["i"] = torch.full_like(x["i"], -torch.inf)
-    assert not mlstm(*(x[n] for n in "qkvif"), chunk_size=6).any()
+    assert not mlstm(*(x[n] for n in "qkvif"), chunk_size=6, backend=backend).any()
 
 
 def test_equivalent_stabilisers(rel_error):
@@ -315,15 +318,15 @@ def test_equivalent_stabilisers(rel_error):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_deterministic(threads):
+def test_deterministic(threads, backend):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         case = Case(time=200, qk_dim=32, v_dim=32, with_state=True)
         inputs = case.inputs(torch.float32)
-        first = run(case, inputs, "chunkwise")
+        first = run(case, inputs, backend)
         for _ in range(2):
-            again = run(case, inputs, "chunkwise")
+            again = run(case, inputs, backend)
             for a, b in zip(first, again, strict=True):
                 assert all(torch.equal(a[k], b[k]) for k in a)
     finally:
@@ -331,51 +334,56 @@ def test_deterministic(threads):
 
 
 @pytest.mark.parametrize("forget", [20.0, 4.0])
-def test_64k_steps(forget, rel_error):
+def test_64k_steps(forget, backend, rel_error):
     """No overflow and no drift over 65,536 tokens; error against float64 does not grow with length."""
     case = Case(batch=1, time=65536, heads=1, qk_dim=8, v_dim=8, gate_std=0.5, forget_mean=forget)
     inputs = case.inputs(torch.float32)
     exact = {n: t.double() for n, t in inputs.items()}
     _, expected = mlstm(*(exact[n] for n in "qkvif"), return_state=True, chunk_size=256)
-    _, last = mlstm(*(inputs[n] for n in "qkvif"), return_state=True)
+    _, last = mlstm(*(inputs[n] for n in "qkvif"), return_state=True, backend=backend)
     for a, b in zip(last, expected, strict=True):
         assert rel_error(a, b) < 1e-5
 
 
-def test_gradient_error_does_not_grow_with_length(rel_error):
+def test_gradient_error_does_not_grow_with_length(backend, rel_error):
     errors = []
     for time in (1024, 16384):
         case = Case(batch=1, time=time, heads=1, qk_dim=16, v_dim=16, forget_mean=4.0)
         inputs = case.inputs(torch.float32)
         exact = {n: t.double() for n, t in inputs.items()}
         _, expected = run(case, exact, "chunkwise", losses="h")
-        _, actual = run(case, inputs, "chunkwise", losses="h")
+        _, actual = run(case, inputs, backend, losses="h")
         errors.append(max(rel_error(actual[n], expected[n]) for n in "qkvif"))
     assert errors[1] < 2 * errors[0]
 
 
+@pytest.fixture
+def operator(backend):
+    """The custom operator behind a backend."""
+    return getattr(torch.ops.openxlstm, f"mlstm_{backend}").default
+
+
 @pytest.mark.parametrize("case", [Case(with_state=True), Case(with_state=True, reset_every=5)])
-def test_opcheck(case):
+def test_opcheck(case, operator):
     x = [t.requires_grad_() for t in case.inputs(torch.float32).values()]
-    torch.library.opcheck(
-        torch.ops.openxlstm.mlstm_chunkwise.default, (*x, case.reset(), False, True, 1e-6, 16)
-    )
+    torch.library.opcheck(operator, (*x, case.reset(), False, True, 1e-6, 16))
 
 
-def test_opcheck_strided_state():
+def test_opcheck_strided_state(operator):
     x = list(Case(with_state=True).inputs(torch.float32).values())
     x[5] = x[5].transpose(2, 3).contiguous().transpose(2, 3)
     x[6] = x[6].transpose(0, 1).contiguous().transpose(0, 1)
     x = [t.requires_grad_() for t in x]
-    torch.library.opcheck(torch.ops.openxlstm.mlstm_chunkwise.default, (*x, None, False, True, 1e-6, 16))
+    torch.library.opcheck(operator, (*x, None, False, True, 1e-6, 16))
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks(backend):
     case = Case(time=20, with_state=True, reset_every=6)
     x = [t.requires_grad_() for t in case.inputs(torch.float32).values()]
 
     def function(q, k, v, i, f, c, n, m, reset):
-        h, last = mlstm(q, k, v, i, f, state=mLSTMState(c, n, m), reset=reset, return_state=True)
+        state = mLSTMState(c, n, m)
+        h, last = mlstm(q, k, v, i, f, state=state, reset=reset, return_state=True, backend=backend)
         return h * 2, last
 
     expected, _ = function(*x, case.reset())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from openxlstm.ops.native import build, loader
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "mlstm"))  # the shared table of cases
 
 
 @pytest.fixture

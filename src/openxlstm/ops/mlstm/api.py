@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openxlstm.ops import dispatch
 from openxlstm.ops.gpu import support
-from openxlstm.ops.mlstm import chunkwise, native, reference, triton_backend, triton_decode
+from openxlstm.ops.mlstm import chunkwise, native, native_chunkwise, reference, triton_backend, triton_decode
 from openxlstm.ops.mlstm.checks import InputGate, check_options, check_sequence, check_state
 from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
 from openxlstm.state import mLSTMState
@@ -29,6 +29,14 @@ dispatch.register(
     refuse=support.refuse,
     automatic=support.automatic,
     description="GPU kernels, states between chunks then all chunks in parallel, exact gradients",
+)
+dispatch.register(
+    "mlstm",
+    "native",
+    native_chunkwise.native,
+    priority=20,
+    refuse=native_chunkwise.refuse,
+    description="C++, chunkwise in the cache, exact hand-written backward",
 )
 dispatch.register(
     "mlstm", "recurrent", reference.recurrent, priority=0, description="the definition, step by step"

@@ -27,6 +27,8 @@ docs/mathematics.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,14 +100,6 @@ def _forward(
         r,
         den,
     )
-
-
-@_forward.register_fake
-def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
-    batch, time, heads, _ = q.shape
-    h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    r = c0.new_empty(batch, heads, time)
-    return h, c0.new_empty(c0.shape), n0.new_empty(n0.shape), m0.new_empty(m0.shape), r, r.clone()
 
 
 @torch.library.custom_op("openxlstm::mlstm_chunkwise_backward", mutates_args=())
@@ -223,31 +217,48 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(q, k, v, i, f, c0, n0, m0, *_):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
-
-
 def _inner(work: Workspace, c: Tensor, n: Tensor, dc: Tensor, dn: Tensor, dtype: torch.dtype) -> Tensor:
     """<C, dC> + n . dn per head, (B, H), in the dtype of gate scalars."""
     total = torch.mul(c, dc, out=work.buffer("inner", *c.shape)).sum((1, 2))
     return (total.to(dtype) + (n * dn).sum(-1)).view(work.batch, work.heads)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size = inputs
-    h, _, _, _, r, den = output
-    ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, reset, h, r, den)
-    ctx.options = (sigmoid, normalize, eps, chunk_size)
-    ctx.set_materialize_grads(False)
+def register_gradient(name: str, forward: Any, backward: Any) -> None:
+    """Make a chunkwise operator compile and differentiate.
+
+    Args:
+        name: of the forward operator.
+        forward, backward: custom operators with the signatures of this module's.
+    """
+
+    @forward.register_fake
+    def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
+        batch, time, heads, _ = q.shape
+        h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        r = c0.new_empty(batch, heads, time)
+        return h, c0.new_empty(c0.shape), n0.new_empty(n0.shape), m0.new_empty(m0.shape), r, r.clone()
+
+    @backward.register_fake
+    def _(q, k, v, i, f, c0, n0, m0, *_):
+        return tuple(
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0)
+        )
+
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size = inputs
+        h, _, _, _, r, den = output
+        ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, reset, h, r, den)
+        ctx.options = (sigmoid, normalize, eps, chunk_size)
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx, dh, dc, dn, dm, _dr, _dden):
+        grads = backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
+        return (*grads, None, None, None, None, None)
+
+    torch.library.register_autograd(name, gradient, setup_context=setup_context)
 
 
-def _autograd(ctx, dh, dc, dn, dm, _dr, _dden):
-    grads = _backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
-    return (*grads, None, None, None, None, None)
-
-
-torch.library.register_autograd("openxlstm::mlstm_chunkwise", _autograd, setup_context=_setup_context)
+register_gradient("openxlstm::mlstm_chunkwise", _forward, _backward)
 
 
 def chunkwise(

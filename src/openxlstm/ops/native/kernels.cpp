@@ -1,6 +1,8 @@
 // The kernels of one instruction set. Compiled once for each, with OXL_ISA naming it and the compiler's flags
 // choosing it.
 #include "decode_layers.h"
+#include "mlstm_backward.h"
+#include "mlstm_forward.h"
 #include "mlstm_step.h"
 #include "probe.h"
 #include "products.h"
@@ -13,6 +15,6 @@
 #define OXL_STRING(a) OXL_STRING2(a)
 
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
-    OXL_STRING(OXL_ISA), TILE, mlstm_step, pack, rnn_forward, rnn_backward, product, quantize_activations,
-    quantized_product, probe, decode,
+    OXL_STRING(OXL_ISA), TILE, mlstm_step, mlstm_forward_scratch, mlstm_backward_scratch, mlstm_forward,
+    mlstm_backward, pack, rnn_forward, rnn_backward, product, quantize_activations, quantized_product, probe, decode,
 };

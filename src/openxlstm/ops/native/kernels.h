@@ -21,6 +21,35 @@ struct MlstmStep {
     float eps;
 };
 
+// A tensor (B, T, H, D) of float32, or of bfloat16 where the call says so; D lies together.
+struct View {
+    const void *data;
+    int64_t b, t, h;
+};
+
+// The mLSTM over whole sequences, in chunks. Scalars of the gates come prepared, laid out (B, H, chunks, chunk)
+// unless noted. Forward: task pair * splits + s computes share s of the value columns of memory `pair`.
+// Backward: one task per pair.
+struct Mlstm {
+    int64_t batch, time, heads, dk, dv, chunk, chunks, splits;
+    int32_t bfloat16, normalize;  // whether q, k, v, h and their gradients are bfloat16
+    float eps;
+    View q, k, v;
+    const double *rows, *columns;  // exponent of a decay = rows[t] + columns[s]
+    const int32_t *segment;
+    const float *carry_in, *to_state, *keep;  // keep: (B, H, chunks)
+    const float *floor;                       // (B, H, T) least denominator
+    const float *c0, *n0;                     // (B, H, DK, DV), (B, H, DK)
+    void *h;                                  // (B, T, H, DV)
+    float *c, *n, *r, *den;                   // the last state; (B, H, T)
+    // backward only; gradients of absent outputs are null
+    View h_view, dh;
+    const float *dc_last, *dn_last;
+    void *dq_out, *dk_out, *dv_out;  // laid out as h
+    float *dc0, *dn0;
+    double *row_flow, *chunk_flow, *first_flow, *di, *path;  // (B, H, chunks[, chunk]), (B, H), (B, H, T)
+};
+
 enum Cell : int32_t { SLSTM = 0, LSTM = 1, GRU = 2, ELMAN = 3 };
 
 // A recurrent network over time. Task head * row_groups + g computes rows [g, g + 1) * rows_per_task of one head,
@@ -95,6 +124,10 @@ struct Kernels {
     const char *name;
     int64_t tile;  // columns of a packed weight tile
     void (*mlstm_step)(const MlstmStep &, int64_t task, float *scratch);
+    int64_t (*mlstm_forward_scratch)(const Mlstm &);  // floats of working space of one task
+    int64_t (*mlstm_backward_scratch)(const Mlstm &);
+    void (*mlstm_forward)(const Mlstm &, int64_t task, float *scratch);
+    void (*mlstm_backward)(const Mlstm &, int64_t task, float *scratch);
     void (*pack)(const float *matrix, int64_t rows, int64_t columns, bool transpose, float *packed);
     void (*rnn_forward)(const Rnn &, int64_t task, float *scratch);
     void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);

@@ -2,6 +2,8 @@
 //
 // Functions take the index of an instruction set and a number of threads, keep no state but the thread pool, and
 // return 0, or 1 when memory ran out.
+#include <sys/mman.h>
+
 #include <cstdlib>
 
 #include <new>
@@ -34,11 +36,28 @@ const oxl::Kernels *const TABLE[] = {
 };
 constexpr int COUNT = sizeof TABLE / sizeof *TABLE;
 
-// 64-byte aligned memory that is returned at the end of the call.
+constexpr int64_t HUGE_PAGE = 2 << 20;
+
+// Ask for huge pages in the whole ones among these bytes: the first touch of large blocks, and giving them back, then
+// cost a fraction. Only a hint; nothing happens where the system has no such pages.
+void advise(void *data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const int64_t address = reinterpret_cast<int64_t>(data), first = oxl::round_up(address, HUGE_PAGE);
+    const int64_t last = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (data && last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+// Aligned memory that is returned at the end of the call.
 struct Buffer {
     float *data;
-    explicit Buffer(int64_t floats)
-        : data(static_cast<float *>(std::aligned_alloc(64, oxl::round_up(4 * floats + 64, 64)))) {}
+    explicit Buffer(int64_t floats) {
+        const int64_t bytes = 4 * floats + 64, alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+        data = static_cast<float *>(std::aligned_alloc(alignment, oxl::round_up(bytes, alignment)));
+        advise(data, bytes);
+    }
     ~Buffer() { std::free(data); }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
@@ -124,6 +143,23 @@ OXL_EXPORT int oxl_mlstm_step(int isa, int threads, oxl::MlstmStep *args) {
     a.splits = a.pairs % threads == 0 || a.pairs >= 4 * threads || a.dv < 32 * threads ? 1 : threads;
     const int64_t scratch = 2 * oxl::round_up(a.dk, 16) + oxl::round_up(a.dv, 16);
     return run(a, TABLE[isa]->mlstm_step, a.pairs * a.splits, threads, scratch);
+}
+
+OXL_EXPORT int oxl_mlstm_forward(int isa, int threads, oxl::Mlstm *args) {
+    oxl::Mlstm a = *args;
+    const int64_t pairs = a.batch * a.heads, rows = pairs * a.time, size = a.bfloat16 ? 2 : 4;
+    advise(a.h, rows * a.dv * size);
+    a.splits = pairs % threads == 0 || pairs >= 4 * threads || a.dv < 64 * threads ? 1 : threads;
+    return run(a, TABLE[isa]->mlstm_forward, pairs * a.splits, threads, TABLE[isa]->mlstm_forward_scratch(a));
+}
+
+OXL_EXPORT int oxl_mlstm_backward(int isa, int threads, oxl::Mlstm *args) {
+    const int64_t rows = args->batch * args->heads * args->time, size = args->bfloat16 ? 2 : 4;
+    advise(args->dq_out, rows * args->dk * size);
+    advise(args->dk_out, rows * args->dk * size);
+    advise(args->dv_out, rows * args->dv * size);
+    return run(*args, TABLE[isa]->mlstm_backward, args->batch * args->heads, threads,
+               TABLE[isa]->mlstm_backward_scratch(*args));
 }
 
 OXL_EXPORT int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args) {

@@ -77,8 +77,9 @@ def test_step_shapes():
 
 
 def test_explain_names_the_choice():
-    text = explain("mlstm")
+    text = explain("mlstm", dtype=torch.float64)
     assert "mlstm/chunkwise: chosen by 'auto'" in text
+    assert "mlstm/native: cannot: computes in float32, not float64" in text
     assert "mlstm/recurrent: can, when asked for by name" in text
     with pytest.raises(ValueError, match="Did you mean 'mlstm'"):
         explain("mlstmm")

@@ -37,7 +37,9 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
         openxlstm.load_pretrain  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "data", "inference", "layers", "models", "ops", "training"])
+@pytest.mark.parametrize(
+    "module", ["checkpoint", "data", "evaluation", "inference", "layers", "models", "ops", "training"]
+)
 def test_every_exported_name_exists(module: str) -> None:
     package = importlib.import_module(f"openxlstm.{module}")
     assert package.__all__, f"openxlstm.{module} exports nothing"

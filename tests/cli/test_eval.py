@@ -99,6 +99,15 @@ def test_context(cli: Callable, model: Path, text: Path, tmp_path: Path) -> None
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"context.json", "position.png", "past.png"}
 
 
+def test_long_context(cli: Callable, model: Path, text: Path, tmp_path: Path) -> None:
+    words = ("--tasks", "needle", "--lengths", "700", "--samples", "1", "--output", tmp_path / "long.json")
+    result = cli("eval", "long-context", model, text, *words)
+    assert result.code == 0, result.err
+    assert "needle  " in result.out
+    (found,) = json.loads((tmp_path / "long.json").read_text())
+    assert abs(found["tokens"][0] - 700) <= 14
+
+
 @pytest.mark.parametrize(
     ("words", "text_in_line"),
     [
@@ -107,6 +116,9 @@ def test_context(cli: Callable, model: Path, text: Path, tmp_path: Path) -> None
         (["text", "MODEL", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["text", "nowhere", "TEXT"], "nowhere"),
         (["text", "MODEL", "TEXT", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["long-context", "MODEL", "TEXT", "--tasks", "needel"], "Did you mean 'needle'?"),
+        (["long-context", "MODEL", "TEXT", "--lengths", "30"], "length 30 is too short for task 'needle'"),
+        (["long-context", "MODEL", "TEXT", "--samples", "0"], "samples must be at least 1"),
         (["context", "MODEL", "TEXT", "--length", "5000"], "fewer than the 5000 that are needed"),
         (["context", "MODEL", "TEXT", "--length", "9"], "--length must be at least 64"),
     ],

@@ -19,6 +19,7 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     "task": ("eval_study", "train one network on one task with any settings"),
     "text": ("eval_text", "perplexity and bits per byte of a model on any text, streamed or in windows"),
     "context": ("eval_text", "how far back a token still matters to a model, on real text"),
+    "long-context": ("eval_long_context", "find, track and count in prompts of any length, from local text"),
     "harness": ("eval_harness", "lm-evaluation-harness, with states shared between prompts and answers"),
     "tasks": ("eval_study", "list the tasks and networks"),
 }

@@ -44,7 +44,8 @@ class CompareOptions:
     """
 
     models: tuple[str, ...] = ()
-    """Networks; all but xlstm-3-1 unless given. `openxlstm eval tasks` lists them."""
+    """Networks; all but xlstm-3-1 and mamba (seconds per step on a CPU) unless given. `openxlstm eval tasks`
+    lists them."""
     tasks: tuple[str, ...] = ("parity", "s3", "mqar-small")
     """Tasks."""
     output: Path = Path("runs/compare")

@@ -19,7 +19,6 @@ COMPARED_MODELS = (
     "lstm",
     "gru",
     "transformer",
-    "mamba",
 )
 
 

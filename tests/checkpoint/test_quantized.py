@@ -63,6 +63,7 @@ def test_round_trip(source, tmp_path, rel_error, kind, options):
     model, _ = openxlstm.load_pretrained(path)
     quantize_checkpoint(path, tmp_path / "q", Quantization(**options))
     quantized, tokenizer = openxlstm.load_pretrained(tmp_path / "q")
+    assert tokenizer is not None
     assert tokenizer.encode("main") == train_bpe(TEXTS, 257).encode("main")
     tokens = torch.randint(0, 257, (2, 12))
     with torch.inference_mode():
@@ -111,11 +112,12 @@ def test_sharded_and_converted(source, tmp_path):
 def test_importance_uses_the_text(source, tmp_path):
     path = source("fused-large")
     seen = []
-    for method, name in (("error-aware", "a"), ("importance", "b")):
+    schemes = (Quantization(4), "a"), (Quantization(4, method="importance"), "b")
+    for quantization, name in schemes:
         quantize_checkpoint(
             path,
             tmp_path / name,
-            Quantization(bits=4, method=method),
+            quantization,
             calibration=iter(TEXTS * 20),
             on_matrix=lambda done, total: seen.append((done, total)),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -84,6 +86,7 @@ def test_conversions_leave_codes_and_scales_alone():
         module.scales = torch.rand(module.scales.shape).to(module.scales.dtype)
         before = module.scales.clone()
         module.bfloat16()
+        assert module.bias is not None
         assert module.bias.dtype == torch.bfloat16
         module.float().half().double()
         assert torch.equal(module.scales, before)
@@ -110,12 +113,13 @@ def test_what_is_refused(model):
     whole = quantize_model(build_model(MODELS["large"]), Quantization())
     with pytest.raises(ValueError, match="quantised already"):
         quantize_model(whole, Quantization())
-    for options, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"bits": 5}, "bits must be 8 or 4, got 5"),
         ({"activation_bits": 4}, "activation_bits must be 16 or 8, got 4"),
         ({"head_bits": 2}, "head_bits must be 4, 8 or 16, got 2"),
         ({"method": "best"}, "method must be one of plain, error-aware, importance"),
-    ):
+    )
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             Quantization(**options)
     assert len(quantizable(build_model(MODELS["large"]), Quantization(head_bits=16))) == 2 * 8

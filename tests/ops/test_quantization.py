@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from openxlstm.ops.quantization.codes import pack_int4, unpack_int4
 SCHEMES = [(8, 32), (4, 32), (4, 64)]
 
 
-def error(weight, packed, moments=None):
+def error(weight, packed: Any, moments=None):
     difference = (dequantize(*packed, weight.shape[1]) - weight.float()).square()
     return float((difference if moments is None else difference * moments).sum())
 
@@ -93,14 +95,15 @@ def test_codes_belong_to_the_rounded_scale():
 
 def test_what_it_refuses():
     weight = torch.ones(2, 40)
-    for options, message in (
+    bad_options: tuple[tuple[dict[str, Any], str], ...] = (
         ({"bits": 3}, "bits must be 8 or 4, got 3"),
         ({"bits": 4, "group": 16}, "group must be 32 or 64 inputs per scale, got 16"),
         ({"bits": 4, "method": "importanse"}, "Did you mean 'importance'"),
         ({"bits": 4, "method": "importance"}, "needs the second moments of the inputs of x.weight"),
         ({"bits": 4, "method": "importance", "importance": torch.ones(3)}, "must be 40 finite numbers"),
         ({"bits": 4, "method": "importance", "importance": -torch.ones(40)}, "none negative"),
-    ):
+    )
+    for options, message in bad_options:
         with pytest.raises(ValueError, match=message):
             quantize(weight, name="x.weight", **options)
     for bad in (torch.nan, torch.inf):

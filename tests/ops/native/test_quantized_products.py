@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +19,11 @@ SCHEMES = [(8, 32), (4, 32), (4, 64)]
 SIZES = [(1, 1), (5, 7), (17, 32), (70, 33), (64, 192), (33, 515), (19, 4200)]  # (out, in)
 
 
-def packed_matrix(rows, columns, bits, group):
+def packed_matrix(rows, columns, bits, group) -> Any:
     return quantize(torch.randn(rows, columns), bits, group=group, method="plain")
 
 
-def definition(x, packed, bits=16):
+def definition(x, packed: Any, bits=16):
     return round_activations(x, bits).double() @ dequantize(*packed, x.shape[-1]).double().T
 
 

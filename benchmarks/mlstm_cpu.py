@@ -51,7 +51,7 @@ def variant_ours(shape: tuple[int, ...], dtype: torch.dtype) -> Variant:
 
         return train_call(mlstm, inputs(shape, dtype, head_first=False))
 
-    return Variant("openxlstm chunkwise", prepare, flops(*shape))
+    return Variant("openxlstm", prepare, flops(*shape))
 
 
 def variant_peer(shape: tuple[int, ...], dtype: torch.dtype, chunk: int) -> Variant:

@@ -51,6 +51,7 @@ struct Backward : Head {
     BackwardSpace s;
     int64_t length = 0, rows = 0, panel, across;
     float scale;
+    bool starts_empty = false, flows_back = false;  // the first state is zero; the state's gradient is not
 
     Backward(const oxl::Mlstm &args, int64_t task, float *scratch)
         : Head(args, task), s(args, scratch), scale(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(args.dk)))) {
@@ -170,7 +171,7 @@ struct Backward : Head {
                 const float *keys = s.k_transposed + first * a.dk;
                 Tile tile;
                 tile.clear();
-                for (int64_t d = 0; d < a.dk; d += COLUMNS) {
+                for (int64_t d = 0; d < a.dk && flows_back; d += COLUMNS) {
                     const int64_t count = a.dk - d < COLUMNS ? a.dk - d : COLUMNS;
                     tile.multiply(s.dc + d / COLUMNS * panel + e * COLUMNS, COLUMNS, 1, keys + d * COLUMNS, COLUMNS, count);
                 }
@@ -223,7 +224,7 @@ struct Backward : Head {
         for (int64_t row = 0; row < rows; row += ROWS) {
             Tile tile;
             tile.clear();
-            tile.multiply(s.v + row * s.tall, s.tall, 1, dc, COLUMNS, a.dv);
+            if (flows_back) tile.multiply(s.v + row * s.tall, s.tall, 1, dc, COLUMNS, a.dv);
             for (int c = 0; c < VECTORS; ++c)
                 for (int r = 0; r < ROWS; ++r) tile.at[r][c] += load(s.dn + first + c * W);
             tile.scale_rows(s.to_state + row);
@@ -239,7 +240,7 @@ struct Backward : Head {
         for (int64_t row = 0; row < rows; row += ROWS) {
             Tile tile;
             tile.clear();
-            tile.multiply(s.y + row * s.tall, s.tall, 1, c, COLUMNS, a.dv);
+            if (chunk > 0 || !starts_empty) tile.multiply(s.y + row * s.tall, s.tall, 1, c, COLUMNS, a.dv);
             for (int r = 0; r < ROWS; ++r)
                 for (int e = 0; e < VECTORS; ++e) tile.at[r][e] += load(n + e * W) * s.rho[row + r];
             tile.scale_rows(s.beta + row);
@@ -297,6 +298,7 @@ struct Backward : Head {
     void run() {
         const int64_t size = a.dk * a.dv;
         pack_state(a.c0 + pair * size, s.states);
+        starts_empty = !occupied(a.c0 + pair * size, size), flows_back = a.dc_last != nullptr;
         for (int64_t d = 0; d < s.wide; ++d) s.normalisers[d] = d < a.dk ? a.n0[pair * a.dk + d] : 0.0f;
         const bool last = a.dc_last || a.dn_last;
         for (int64_t chunk = 0; chunk + !last < a.chunks; ++chunk) advance(chunk);
@@ -312,6 +314,7 @@ struct Backward : Head {
             load_scores(chunk);
             values(chunk);
             keys_and_queries(chunk);
+            flows_back = true;
             flow = inner(chunk);
         }
         a.first_flow[pair] = flow;

@@ -41,6 +41,13 @@ inline uint16_t narrow(float x) {
 
 constexpr int64_t AHEAD = 4;  // rows
 
+// Whether there is anything in a state; an empty one need not be multiplied.
+inline bool occupied(const float *state, int64_t floats) {
+    for (int64_t e = 0; e < floats; ++e)
+        if (!(state[e] == 0.0f)) return true;
+    return false;
+}
+
 struct Head {
     const oxl::Mlstm &a;
     int64_t pair, batch, head;
@@ -86,7 +93,8 @@ struct Head {
             uint16_t *target = static_cast<uint16_t *>(out) + at;
             for (int64_t c = 0; c < columns; ++c) target[c] = narrow(from[c]);
         } else {
-            __builtin_memcpy(static_cast<float *>(out) + at, from, sizeof(float) * columns);
+            float *target = static_cast<float *>(out) + at;
+            for (int64_t c = 0; c < columns; ++c) target[c] = from[c];
         }
     }
     // The rows of a chunk of such an output.

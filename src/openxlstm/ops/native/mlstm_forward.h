@@ -111,14 +111,16 @@ struct Forward : Head {
     }
 
     // Outputs and state of one panel of values after the other, while its part of the state is in the first-level cache.
-    OXL_PHASE void outputs(int64_t p) {
+    OXL_PHASE void outputs(int64_t p, bool carried) {
         float *state = s.c + p * wide * COLUMNS;
         pack_panels(s.v + p * COLUMNS, length, COLUMNS, tall, nullptr, s.value_panel, 0);
         for (int64_t row = 0; row < rows; row += ROWS) {
             Tile tile;
             tile.clear();
-            tile.multiply(s.q + row * wide, wide, 1, state, COLUMNS, a.dk);
-            tile.scale_rows(s.beta + row);
+            if (carried) {
+                tile.multiply(s.q + row * wide, wide, 1, state, COLUMNS, a.dk);
+                tile.scale_rows(s.beta + row);
+            }
             const int64_t until = row + ROWS < length ? row + ROWS : length;
             tile.multiply(s.scores + row * across, across, 1, s.value_panel, COLUMNS, until);
             tile.scale_rows(s.reciprocal + row);
@@ -139,6 +141,7 @@ struct Forward : Head {
     void run() {
         const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(a.dk)));
         load_state();
+        const bool starts_empty = !occupied(a.c0 + pair * a.dk * a.dv, a.dk * a.dv);
         const int64_t first = begin * COLUMNS, last = end * COLUMNS < a.dv ? end * COLUMNS : a.dv;
         for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
             length = Head::length(chunk), rows = whole_rows(length);
@@ -148,7 +151,7 @@ struct Forward : Head {
             load_scores(chunk);
             weigh_keys(chunk);
             for (int64_t p = begin; p < end; ++p) {
-                outputs(p);
+                outputs(p, chunk > 0 || !starts_empty);
                 advance(p, keep(chunk));
                 prefetch(a.q, chunk + 1, a.dk, p - begin, end - begin);
                 prefetch(a.k, chunk + 1, a.dk, p - begin, end - begin);

@@ -74,6 +74,7 @@ struct Workspace {
     float *x = nullptr, *sum, *normed, *convolved, *qkv, *o, *h, *i, *f, *n_next, *m_next, *gates, *recurrent, *hidden, *up;
     float *own;
     int64_t width, heads = 0, qk = 0, qkv_width = 0, inner, four = 0, ffn = 0;  // strides of a row of the batch
+    int64_t code_stride;         // of a row of the batch in a worker's codes
     int64_t own_floats, floats;  // of one worker; of everything but the workers
 
     Workspace(const oxl::Decode &a, float *base) : width(a.width), inner(a.width) {
@@ -91,7 +92,8 @@ struct Workspace {
             qkv_width = larger(qkv_width, y.heads * (2 * y.dk + y.dv));
             memory = larger(memory, 2 * y.dk + y.dv);
         }
-        own_floats = padded(a.batch * inner) + padded(memory + 48) + 2 * padded(heads);
+        code_stride = oxl::code_stride(larger(larger(width, inner), ffn));
+        own_floats = padded(a.batch * inner) + padded(memory + 48) + 2 * padded(heads) + code_floats(a.batch);
         struct {
             float **place;
             int64_t each;
@@ -107,6 +109,7 @@ struct Workspace {
         }
     }
 
+    int64_t code_floats(int64_t batch) const { return padded(batch) + padded(batch * code_stride / 2); }
     static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
     static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 };

@@ -40,11 +40,21 @@ struct Token {
     float *const own;     // (batch, inner): the input of this member's products
     float *const memory;  // vectors of one memory's step
     float *const rows;    // (heads)
+    float *const scales;  // (batch) of the codes
+    int16_t *const codes;  // (batch, code_stride) of the input of a quantised product
     int64_t phase = 0;
+    struct {
+        const float *x;
+        int64_t phase, columns;
+        int32_t kind;
+    } coded = {nullptr, -1, 0, 0};  // what the codes stand for
 
     Token(const oxl::Decode &args, oxl::Team &members, int number)
         : a(args), w(args, args.workspace), team(members), worker(number), own(w.own + number * w.own_floats),
-          memory(own + Workspace::padded(args.batch * w.inner)), rows(own + w.own_floats - Workspace::padded(w.heads)) {}
+          memory(own + Workspace::padded(args.batch * w.inner)),
+          rows(own + w.own_floats - w.code_floats(args.batch) - Workspace::padded(w.heads)),
+          scales(own + w.own_floats - w.code_floats(args.batch)),
+          codes(reinterpret_cast<int16_t *>(scales + Workspace::padded(args.batch))) {}
 
     // Tasks 0 .. count - 1, shared with the team; `prepare` runs before the first one that is ours.
     template <class Prepare, class Work>
@@ -59,11 +69,28 @@ struct Token {
 
     // y[b][r] = bias + sum w x for rows begin .. end
     void multiply(const oxl::Linear &map, int64_t begin, int64_t end, const float *x, int64_t x_stride, float *y,
-                  int64_t y_stride) const {
-        multiply_rows(map.weight, begin, end, x, x_stride, a.batch, y, y_stride);
+                  int64_t y_stride) {
+        const oxl::Weight &weight = map.weight;
+        if (weight.kind == oxl::WEIGHT_INT8 || weight.kind == oxl::WEIGHT_INT4) {
+            encode_once(weight, x, x_stride);
+            multiply_codes(weight, begin, end, {codes, scales, w.code_stride}, a.batch, y, y_stride);
+        } else {
+            multiply_rows(weight, begin, end, x, x_stride, a.batch, y, y_stride);
+        }
         if (!map.bias) return;
         for (int64_t b = 0; b < a.batch; ++b)
             for (int64_t r = begin; r < end; ++r) y[b * y_stride + r] += map.bias[r];
+    }
+
+    // Inputs do not change within a phase: their codes are made for the first of this member's tasks only.
+    void encode_once(const oxl::Weight &weight, const float *x, int64_t x_stride) {
+        if (coded.x == x && coded.phase == phase && coded.columns == weight.columns && coded.kind == weight.kind) return;
+        coded = {x, phase, weight.columns, weight.kind};
+        for (int64_t b = 0; b < a.batch; ++b) {
+            const ActivationScale found = activation_scale(x + b * x_stride, weight.columns, 32767.0f);
+            scales[b] = found.scale;
+            encode(weight.kind, x + b * x_stride, weight.columns, found.factor, codes + b * w.code_stride);
+        }
     }
 
     void normalize_residual(const oxl::Norm &norm) const {

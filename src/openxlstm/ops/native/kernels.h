@@ -98,7 +98,7 @@ struct Product {
 
 // The same with a quantised weight (int8 or int4) and activations rounded to integers -limit .. limit, limit at most
 // 32767. x (batch, columns) and y (batch, rows) have no gaps; codes (batch, stride) and scales (batch) are working space
-// that the library provides, stride being columns rounded up to a multiple of 64, and 64 more.
+// that the library provides, see code_stride.
 struct QuantizedProduct {
     Weight weight;
     const float *x;
@@ -139,6 +139,10 @@ struct Kernels {
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Numbers of 16 bits from one vector's codes to the next one's, enough for every kind of matrix; not a power of two, whose
+// rows would share cache sets.
+constexpr int64_t MOST_CODES_PER_FOUR = 5;
+inline int64_t code_stride(int64_t columns) { return round_up(columns, 64) * MOST_CODES_PER_FOUR / 4 + 64; }
 inline int64_t recurrent_gates(int32_t cell) { return cell == ELMAN ? 1 : cell == GRU ? 3 : 4; }
 inline int64_t bias_gates(int32_t cell) { return cell == ELMAN ? 1 : 4; }
 

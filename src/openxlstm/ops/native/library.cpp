@@ -180,7 +180,7 @@ OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
 OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args) {
     oxl::QuantizedProduct a = *args;
     if (threads < 1) threads = 1;
-    a.stride = oxl::round_up(a.weight.columns, 64) + 64;  // rows of powers of two would share cache sets
+    a.stride = oxl::code_stride(a.weight.columns);
     const Buffer space(oxl::round_up(a.batch, 16) + (a.batch * a.stride + 1) / 2);
     if (!space.data) return 1;
     a.scales = space.data;

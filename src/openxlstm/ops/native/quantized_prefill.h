@@ -160,6 +160,8 @@ void multiply_many(const oxl::Weight &w, int64_t begin, int64_t end, const Codes
 
 #endif
 
+inline bool many(const oxl::QuantizedProduct &a) { return a.batch > 8; }
+
 // Rounds the activations of rows_per_task vectors.
 void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *) {
     const int64_t begin = task * a.rows_per_task, end = begin + a.rows_per_task;
@@ -167,7 +169,8 @@ void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *)
         const float *x = a.x + b * a.weight.columns;
         const ActivationScale found = activation_scale(x, a.weight.columns, a.limit);
         a.scales[b] = found.scale;
-        round_activations(x, a.weight.columns, a.stride, found.factor, a.codes + b * a.stride);
+        const int32_t kind = many(a) ? oxl::WEIGHT_INT8 : a.weight.kind;  // multiply_many takes them in plain order
+        encode(kind, x, a.weight.columns, found.factor, a.codes + b * a.stride);
     }
 }
 
@@ -176,7 +179,7 @@ void quantized_product(const oxl::QuantizedProduct &a, int64_t task, float *) {
     const int64_t begin = task * a.rows_per_task, next = begin + a.rows_per_task;
     const int64_t end = next < a.weight.rows ? next : a.weight.rows;
     const Codes x = {a.codes, a.scales, a.stride};
-    (a.batch > 8 ? multiply_many : multiply_codes)(a.weight, begin, end, x, a.batch, a.y, a.weight.rows);
+    (many(a) ? multiply_many : multiply_codes)(a.weight, begin, end, x, a.batch, a.y, a.weight.rows);
 }
 
 }  // namespace

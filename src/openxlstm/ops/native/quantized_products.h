@@ -17,12 +17,24 @@ namespace {
 
 constexpr int64_t BLOCK_COLUMNS = 4096, ROWS_TOGETHER = 4, PAD = 64;
 
-// Activations of a batch: codes (batch, stride), zero up to the next multiple of 64, and a scale each.
+// Activations of a batch: codes (batch, stride), in the order of encode(), and a scale each.
 struct Codes {
     const int16_t *codes;
     const float *scales;
     int64_t stride;
 };
+
+#if defined(__AVX2__)
+constexpr int64_t INT4_BLOCK = 80;  // numbers of 16 bits that stand for 64 inputs of an int4 matrix
+#else
+constexpr int64_t INT4_BLOCK = 64;
+#endif
+static_assert(INT4_BLOCK * 4 <= oxl::MOST_CODES_PER_FOUR * 64, "the library sizes the buffers");
+
+// Numbers of 16 bits that codes of `columns` inputs of a matrix of that kind take.
+inline int64_t code_length(int32_t kind, int64_t columns) {
+    return oxl::round_up(columns, 64) / 64 * (kind == oxl::WEIGHT_INT4 ? INT4_BLOCK : 64);
+}
 
 #if defined(__AVX2__)
 
@@ -33,10 +45,6 @@ inline float sum_lanes(__m256 v) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-inline __m256 splat_bf16(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(static_cast<short>(*p)),
-                                                _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // `to` + a times b. Written out because compilers reorder a batch of these until the sums leave the registers.
@@ -75,39 +83,58 @@ inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_
     });
 }
 
-// Scaled dot products of one row with BATCH vectors over `groups` groups of 32 * HALVES inputs.
-template <int HALVES, int BATCH>
-inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, int64_t groups, float *out) {
-    const __m256i mask = _mm256_set1_epi16(15), eight = _mm256_set1_epi16(8);
-    __m256 total[2][BATCH] = {};
-    const auto add = [&](int64_t g, auto parity) __attribute__((always_inline)) {
-        __m256i low[HALVES], high[HALVES];
-        unrolled<HALVES>([&](auto h) {
-            const __m256i bytes = _mm256_cvtepu8_epi16(load_bytes(w + (g * HALVES + h) * 16));
-            low[h] = _mm256_sub_epi16(_mm256_and_si256(bytes, mask), eight);
-            high[h] = _mm256_sub_epi16(_mm256_srli_epi16(bytes, 4), eight);
-        });
-        const __m256 scale = splat_bf16(scales + g);
+// 64 codes in the order in which the four nibbles of 16-bit lanes meet them: 16 lanes are 32 bytes of the matrix, lane j
+// holding inputs 2 j (+ 16 for j > 7), 16 more, and the two after those. Last, for each sum of 32 bits, -8 times the sum of
+// its codes: nibbles stand for nibble - 8.
+inline void arrange(const int16_t *plain, int16_t *to) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    __m256i part[4], all = {};
+    unrolled<4>([&](auto k) { part[k] = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(load16(plain + 16 * k), order), 0xd8); });
+    const __m256i arranged[4] = {
+        _mm256_permute2x128_si256(part[0], part[2], 0x20), _mm256_permute2x128_si256(part[1], part[3], 0x20),
+        _mm256_permute2x128_si256(part[0], part[2], 0x31), _mm256_permute2x128_si256(part[1], part[3], 0x31)};
+    unrolled<4>([&](auto k) {
+        all = _mm256_add_epi32(all, _mm256_madd_epi16(arranged[k], _mm256_set1_epi16(-8)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + 16 * k), arranged[k]);
+    });
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + 64), all);
+}
+
+// Scaled dot products of one row with BATCH vectors over `halves` times 32 inputs; a group is GROUP inputs.
+template <int GROUP, int BATCH>
+inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, int64_t halves, float *out) {
+    const __m256i mask = _mm256_set1_epi16(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m256i shift = _mm256_setr_epi32(16, 16, 16, 16, 0, 0, 0, 0);
+    __m256 total[BATCH] = {};
+    const auto add = [&](const int16_t *codes, __m256i bytes, __m256i scale_bits) __attribute__((always_inline)) {
+        const __m256 scale = _mm256_castsi256_ps(_mm256_and_si256(scale_bits, upper));
+        const __m256i nibbles[4] = {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask),
+                                    _mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask), _mm256_srli_epi16(bytes, 12)};
         unrolled<BATCH>([&](auto b) {
-            const int16_t *code = x.codes + b * x.stride + g * HALVES * 32;
-            __m256i dot = {};
-            unrolled<HALVES>([&](auto h) {
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(low[h], load16(code + 32 * h)));
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(high[h], load16(code + 32 * h + 16)));
-            });
-            total[parity][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, total[parity][b]);
+            const int16_t *code = codes + b * x.stride;
+            __m256i dot = load16(code + 64);
+            unrolled<4>([&](auto k) { dot = _mm256_add_epi32(dot, _mm256_madd_epi16(nibbles[k], load16(code + 16 * k))); });
+            total[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, total[b]);
         });
     };
-    const std::integral_constant<int, 0> even;
-    const std::integral_constant<int, 1> odd;
-    int64_t g = 0;
-    for (; g + 2 <= groups; g += 2) {
-        prefetch(w + g * HALVES * 16 + 1024);
-        add(g, even);
-        add(g + 1, odd);
+    const int16_t *codes = x.codes;
+    for (; halves >= 2; halves -= 2, w += 32, codes += INT4_BLOCK) {
+        prefetch(w + 1024);
+        __m256i scale;
+        if (GROUP == 64) {
+            scale = _mm256_set1_epi16(static_cast<short>(*scales++));
+        } else {  // the lower half of the lanes belongs to the first group
+            int32_t two;
+            __builtin_memcpy(&two, scales, sizeof two);
+            scale = _mm256_sllv_epi32(_mm256_set1_epi32(two), shift);
+            scales += 2;
+        }
+        add(codes, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w)), scale);
     }
-    if (g < groups) add(g, even);
-    unrolled<BATCH>([&](auto b) { out[b] = sum_lanes(_mm256_add_ps(total[0][b], total[1][b])); });
+    if (halves)
+        add(codes, _mm256_zextsi128_si256(load_bytes(w)), _mm256_sllv_epi32(_mm256_set1_epi32(*scales), shift));
+    unrolled<BATCH>([&](auto b) { out[b] = sum_lanes(total[b]); });
 }
 
 #else
@@ -147,10 +174,11 @@ inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_
         for (int b = 0; b < BATCH; ++b) out[r][b] = sum(total[r][b]);
 }
 
-template <int HALVES, int BATCH>
-inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, int64_t groups, float *out) {
+template <int GROUP, int BATCH>
+inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, int64_t halves, float *out) {
+    constexpr int HALVES = GROUP / 32;
     vf total[BATCH] = {};
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < halves / HALVES; ++g) {
         vf part[BATCH] = {};
         for (int64_t block = g * HALVES; block < (g + 1) * HALVES; ++block)
             for (int64_t j = 0; j < 16; j += W) {
@@ -169,6 +197,21 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
 }
 
 #endif
+
+// The codes of n inputs as a matrix of that kind meets them, code_length(kind, n) numbers, zeros beyond the inputs.
+inline void encode(int32_t kind, const float *x, int64_t n, float factor, int16_t *codes) {
+#if defined(__AVX2__)
+    if (kind == oxl::WEIGHT_INT4) {
+        for (int64_t c = 0; c < n; c += 64, codes += INT4_BLOCK) {
+            int16_t plain[64];
+            round_activations(x + c, n - c < 64 ? n - c : 64, 64, factor, plain);
+            arrange(plain, codes);
+        }
+        return;
+    }
+#endif
+    round_activations(x, n, code_length(kind, n), factor, codes);
+}
 
 // a b + c, rounded once where the processor can: left to the compiler, it would differ from one batch size to the next.
 inline float multiply_add(float a, float b, float c) {
@@ -208,15 +251,15 @@ void multiply_columns_batch(const oxl::Weight &w, int64_t begin, int64_t end, in
         }
         return;
     }
-    const int64_t width = padded_columns(w), per_row = width / w.group, groups = (n + w.group - 1) / w.group;
+    const int64_t width = padded_columns(w), per_row = width / w.group, halves = oxl::round_up(n, w.group) / 32;
     for (int64_t r = begin; r < end; ++r) {
         const uint8_t *data = static_cast<const uint8_t *>(w.data) + (r * width + first) / 2;
         const uint16_t *scales = static_cast<const uint16_t *>(w.scales) + r * per_row + first / w.group;
         float dot[BATCH];
         if (w.group == 64)
-            dot_int4<2, BATCH>(data, scales, x, groups, dot);
+            dot_int4<64, BATCH>(data, scales, x, halves, dot);
         else
-            dot_int4<1, BATCH>(data, scales, x, groups, dot);
+            dot_int4<32, BATCH>(data, scales, x, halves, dot);
         for (int b = 0; b < BATCH; ++b) put(r, b, dot[b], x.scales[b]);
     }
 }
@@ -241,7 +284,8 @@ void multiply_codes(const oxl::Weight &w, int64_t begin, int64_t end, const Code
                     int64_t y_stride) {
     for (int64_t first = 0; first < w.columns; first += BLOCK_COLUMNS) {
         const int64_t n = w.columns - first < BLOCK_COLUMNS ? w.columns - first : BLOCK_COLUMNS;
-        multiply_columns(w, begin, end, first, n, {x.codes + first, x.scales, x.stride}, batch, y, y_stride);
+        multiply_columns(w, begin, end, first, n, {x.codes + code_length(w.kind, first), x.scales, x.stride}, batch, y,
+                         y_stride);
     }
 }
 
@@ -249,7 +293,7 @@ void multiply_codes(const oxl::Weight &w, int64_t begin, int64_t end, const Code
 void multiply_quantized(const oxl::Weight &w, int64_t begin, int64_t end, const float *x, int64_t x_stride,
                         int64_t batch, float *y, int64_t y_stride) {
     constexpr int64_t MOST = 8, ROWS = 128;
-    int16_t codes[MOST * (BLOCK_COLUMNS + PAD)];
+    int16_t codes[MOST * (BLOCK_COLUMNS / 64 * INT4_BLOCK + PAD)];
     float scales[MOST];
     const int64_t step = batch > MOST ? ROWS : end - begin;  // rows that several parts of a large batch meet in cache
     for (int64_t row = begin; row < end; row += step)
@@ -262,9 +306,9 @@ void multiply_quantized(const oxl::Weight &w, int64_t begin, int64_t end, const 
             }
             for (int64_t first = 0; first < w.columns; first += BLOCK_COLUMNS) {
                 const int64_t n = w.columns - first < BLOCK_COLUMNS ? w.columns - first : BLOCK_COLUMNS;
-                const int64_t stride = oxl::round_up(n, PAD) + PAD;  // the rows of powers of two would share cache sets
+                const int64_t stride = code_length(w.kind, n) + PAD;  // the rows of powers of two would share cache sets
                 for (int64_t k = 0; k < part; ++k)
-                    round_activations(x + (b + k) * x_stride + first, n, stride - PAD, found[k].factor, codes + k * stride);
+                    encode(w.kind, x + (b + k) * x_stride + first, n, found[k].factor, codes + k * stride);
                 multiply_columns(w, row, row + step < end ? row + step : end, first, n, {codes, scales, stride}, part,
                                  y + b * y_stride, y_stride);
             }

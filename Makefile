@@ -5,7 +5,7 @@
 #   make test-all  the same with the slow tests                       (.venv)
 #   make lint      the checks of `make test` without the tests        (.venv)
 #   make bench     speed beside the published packages                (.venv-bench)
-#   make wheel     build dist/*.whl                                   (.venv)
+#   make wheel     build dist/*.whl with the native CPU library       (.venv)
 #   make clean     remove environments, caches and build products
 #
 # Variables: PYTHON=python3.12 chooses the interpreter (3.11 or newer), JOBS=2 the number of test
@@ -53,6 +53,8 @@ wheel: .venv/.installed
 	@rm -rf dist
 	@.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
+	@! ls dist | grep -q none-any || echo "a pure Python wheel, without the native library: no C++ compiler" \
+	  "worked, or OPENXLSTM_BUILD_NATIVE=0 (kernels are compiled on first use instead)"
 
 clean:
 	rm -rf .venv .venv-demo .venv-bench dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

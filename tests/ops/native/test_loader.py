@@ -67,6 +67,25 @@ def test_no_compiler(load, monkeypatch, tmp_path):
     assert "named by CXX, 'no-such-compiler', does not exist" in load().reason
 
 
+def test_a_shipped_library_comes_first_and_needs_no_compiler(native, load, monkeypatch):
+    made = loader._find()
+    monkeypatch.setattr(loader, "_shipped", lambda: made.path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = load()
+    assert (found.tier, found.path, found.isas) == ("shipped", made.path, made.isas)
+
+
+def test_a_shipped_library_that_does_not_load(load, monkeypatch, tmp_path):
+    shipped = tmp_path / "libopenxlstm.so"
+    shipped.write_text("not a library")
+    monkeypatch.setattr(loader, "_shipped", lambda: shipped)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = load()
+    assert found.tier == "unavailable"
+    assert found.reason.startswith("the shipped native library does not load")
+    assert "'no-such-compiler', does not exist; using PyTorch" in found.reason
+
+
 def test_broken_compiler(load, monkeypatch, tmp_path):
     script = tmp_path / "broken"
     script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cpp:1: error: it broke"\nexit 1\n')

@@ -134,12 +134,17 @@ def _load() -> _Loaded:
 
 @cache
 def _find() -> _Loaded:
-    shipped = build.SOURCES / f"libopenxlstm{build.SUFFIX}"
-    try:
-        if shipped.exists():
+    unloadable = ""
+    if (shipped := _shipped()).exists():
+        try:
             return _open("shipped", shipped)
+        except OSError as error:  # made for a newer C library, or damaged: this machine's own may do
+            unloadable = f"the shipped native library does not load ({error}); "
+    try:
         if os.name != "posix":
-            return _Loaded("unavailable", reason="native kernels need Linux or macOS; using PyTorch")
+            return _Loaded(
+                "unavailable", reason=f"{unloadable}native kernels need Linux or macOS; using PyTorch"
+            )
         return _compiled()
     except RuntimeError as error:  # BuildError, or a user without a home directory
         reason = str(error)
@@ -149,7 +154,12 @@ def _find() -> _Loaded:
             f"the native library cannot be kept or loaded ({error.strerror or error}: {where}); "
             "set OPENXLSTM_CACHE to a directory that can be written"
         )
-    return _Loaded("unavailable", reason=f"{reason}; using PyTorch")
+    return _Loaded("unavailable", reason=f"{unloadable}{reason}; using PyTorch")
+
+
+def _shipped() -> Path:
+    """Where the build hook of the wheel puts the library."""
+    return build.SOURCES / f"libopenxlstm{build.SUFFIX}"
 
 
 def _compiled() -> _Loaded:

@@ -1,9 +1,10 @@
 """Build hook: compiles the native CPU kernels and puts the library into the wheel.
 
 The library is plain C++ behind ctypes, so one wheel per platform (``py3-none-<platform>``) serves every
-Python. Without a C++ compiler the wheel stays pure Python (``py3-none-any``), a warning says so, and the kernels
-are compiled on first use where there is a compiler. Editable installs always take that way, so that edits of the
-sources count. ``OPENXLSTM_BUILD_NATIVE=0`` asks for a pure wheel; ``=1`` makes a missing library an error.
+Python. Without a C++ compiler the wheel stays pure Python (``py3-none-any``), a warning says so, and the
+kernels are compiled on first use where there is a compiler. Editable installs always take that way, so that
+edits of the sources count. ``OPENXLSTM_BUILD_NATIVE=0`` asks for a pure wheel; ``=1`` makes a missing library
+an error.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import openxlstm
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = [
-    "Generator", "__version__", "checkpoint", "config", "data", "inference", "layers", "load_pretrained",
-    "models", "ops", "runtime", "save_pretrained", "state", "training",
+    "Generator", "__version__", "checkpoint", "config", "data", "evaluation", "inference", "layers",
+    "load_pretrained", "models", "ops", "runtime", "save_pretrained", "scaling", "state", "training",
 ]  # fmt: skip
 
 
@@ -38,12 +38,19 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["checkpoint", "data", "evaluation", "inference", "layers", "models", "ops", "training"]
+    "module",
+    ["checkpoint", "data", "evaluation", "inference", "layers", "models", "ops", "scaling", "training"],
 )
 def test_every_exported_name_exists(module: str) -> None:
     package = importlib.import_module(f"openxlstm.{module}")
     assert package.__all__, f"openxlstm.{module} exports nothing"
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
+
+
+def test_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "openxlstm", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert openxlstm.__version__ in result.stdout
 
 
 def imported_by(statement: str) -> set[str]:

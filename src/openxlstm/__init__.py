@@ -4,8 +4,8 @@ The names below are loaded when they are first used, so ``import openxlstm`` cos
 
 * :func:`load_pretrained`, :func:`save_pretrained`: any published xLSTM checkpoint, in and out.
 * :class:`Generator`: sample from a language model, streaming or in batches, with a resumable state.
-* the subpackages ``ops``, ``layers``, ``models``, ``checkpoint``, ``data``, ``training``, ``inference``
-  and the modules ``config``, ``state``, ``runtime``.
+* the subpackages ``ops``, ``layers``, ``models``, ``checkpoint``, ``data``, ``training``, ``inference``,
+  ``evaluation``, ``scaling`` and the modules ``config``, ``state``, ``runtime``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from openxlstm.lazy import lazy_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from openxlstm import checkpoint, config, data, inference, layers, models, ops, runtime, state, training
+    from openxlstm import (
+        checkpoint,
+        config,
+        data,
+        evaluation,
+        inference,
+        layers,
+        models,
+        ops,
+        runtime,
+        scaling,
+        state,
+        training,
+    )
     from openxlstm.checkpoint import load_pretrained, save_pretrained
     from openxlstm.inference import Generator
 
@@ -27,6 +40,7 @@ __all__ = [
     "checkpoint",
     "config",
     "data",
+    "evaluation",
     "inference",
     "layers",
     "load_pretrained",
@@ -34,6 +48,7 @@ __all__ = [
     "ops",
     "runtime",
     "save_pretrained",
+    "scaling",
     "state",
     "training",
 ]

@@ -292,3 +292,12 @@ def test_full_disk_while_saving_a_state(cli: Callable, model: Path, tmp_path: Pa
     assert f"disk is full ([Errno 28] No space left on device: '{tmp_path / 'a.state'}')" in err
     assert err.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "1.5"])
+def test_plan_checks_the_utilisation_without_devices(mistake: Callable, value: str) -> None:
+    assert "utilisation must lie in (0, 1]" in mistake("plan", "--flops", "1e20", "--utilisation", value)
+
+
+def test_a_missing_option_is_named_with_its_type(mistake: Callable) -> None:
+    assert "needs --model STR (checkpoint directory" in mistake("bench")

@@ -68,7 +68,7 @@ def _sentence(page: str) -> str:
             kept.append(line)
     message = " ".join(" ".join(kept).split()).partition(" Got errors:")[0]
     if missing := re.fullmatch(r"Missing from (.+?): (.* \(required\))", message):
-        arguments = re.findall(r"(\S+) (\S)(.*?)\.? \(required\)", missing[2])
+        arguments = re.findall(r"(--\S+ \S+|\S+) (\S)(.*?)\.? \(required\)", missing[2])
         needed = " and ".join(f"{name} ({first.lower()}{rest})" for name, first, rest in arguments)
         return f"{missing[1]} needs {needed}"
     return message.rstrip(".") or title or "the options could not be understood"

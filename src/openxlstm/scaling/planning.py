@@ -79,9 +79,13 @@ def budget_of(gpus: int, hours: float, device: Device, utilisation: float) -> fl
     for name, value in (("gpus", gpus), ("hours", hours)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    _check_utilisation(utilisation)
+    return gpus * hours * 3600 * device.peak_flops * utilisation
+
+
+def _check_utilisation(utilisation: float) -> None:
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must lie in (0, 1], got {utilisation}")
-    return gpus * hours * 3600 * device.peak_flops * utilisation
 
 
 def plan(
@@ -115,6 +119,7 @@ def plan(
     """
     if not 0 < flops < float("inf"):
         raise ValueError(f"the budget must be a positive number of FLOPs, got {flops}")
+    _check_utilisation(utilisation)
     if context_length < 1 or vocab_size < 2:
         raise ValueError(
             f"context_length must be at least 1 and vocab_size at least 2, got {context_length}, {vocab_size}"

@@ -1,0 +1,7 @@
+"""``python -m openxlstm`` is the ``openxlstm`` command."""
+
+import sys
+
+from openxlstm.cli.main import main
+
+sys.exit(main())

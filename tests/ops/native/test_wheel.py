@@ -45,6 +45,7 @@ def wheel(directory, **environment):
 def test_the_library_is_in_a_wheel_of_this_platform(compiler, tmp_path):
     result, made = wheel(tmp_path, CXX=str(compiler), OPENXLSTM_BUILD_NATIVE="1")
     assert result.returncode == 0, result.stdout
+    assert made is not None
     assert "-py3-none-" in made.name
     assert "-any.whl" not in made.name
     assert "manylinux" not in made.name
@@ -63,6 +64,7 @@ def test_the_library_is_in_a_wheel_of_this_platform(compiler, tmp_path):
 def test_a_pure_wheel_says_why(environment, reason, tmp_path):
     result, made = wheel(tmp_path, **environment)
     assert result.returncode == 0, result.stdout
+    assert made is not None
     assert made.name.endswith("-py3-none-any.whl")
     assert "pure Python wheel, without the native library" in result.stdout
     assert reason in " ".join(result.stdout.split())

@@ -304,3 +304,22 @@ def test_what_it_refuses():
         DecodeEngine(model).step([1, 2], held, reuse=True)
     with pytest.raises(ValueError, match="the state belongs to another model"):
         engine.open(lively(STACK).initial_state(1))
+
+
+def test_without_a_compiler_one_line_says_why_decoding_is_slower(monkeypatch, tmp_path):
+    from openxlstm.inference import engine as engine_module
+    from openxlstm.ops.native import loader
+
+    for name, value in {"PATH": str(tmp_path), "OPENXLSTM_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loader, "_shipped", lambda: tmp_path / "none")
+    monkeypatch.setattr(loader, "_find", loader._find.__wrapped__)
+    for compiler, reason in (
+        ("", "no C++ compiler found: install g++"),
+        ("nowhere", "'nowhere', does not exist"),
+    ):
+        monkeypatch.setenv("CXX", compiler)
+        why = engine_module.why_not(lively(CASES["large"]))
+        assert reason in why
+        assert "using PyTorch" in why
+        assert "\n" not in why

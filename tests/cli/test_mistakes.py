@@ -301,3 +301,8 @@ def test_plan_checks_the_utilisation_without_devices(mistake: Callable, value: s
 
 def test_a_missing_option_is_named_with_its_type(mistake: Callable) -> None:
     assert "needs --model STR (checkpoint directory" in mistake("bench")
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "inf"])
+def test_bench_wants_a_time_that_ends(mistake: Callable, value: str) -> None:
+    assert "--seconds must be positive" in mistake("bench", "--model", "any", "--seconds", value)

@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(BenchOptions, arguments, command="bench", examples=EXAMPLES)
     for name in ("batch", "seconds", "threads"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} must be positive, got {value}")
     if options.context < 0:
         raise ValueError(f"--context must not be negative, got {options.context}")

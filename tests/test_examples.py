@@ -15,7 +15,7 @@ EXPECTED = {
     "backbone": "same result: True",
     "cells": "gru: (2, 50, 4, 16)",
     "export": "compiled, same logits: True",
-    "documents": "gradient in the documents before it: 0.0\nmlstm/chunkwise: chosen by 'auto'",
+    "documents": "gradient in the documents before it: 0.0\nchosen by 'auto'",
     "lstm_replacement": "[(7, 64), (31, 64), (12, 64)]",
     "state": "next tokens: [",
     "to_transformers": "largest difference:",

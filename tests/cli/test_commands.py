@@ -178,7 +178,7 @@ def test_inspect(cli: Callable, model: Path) -> None:
 def test_doctor(cli: Callable) -> None:
     code, out, _ = cli("doctor", "--no-measure")
     assert code == 0
-    assert "mlstm/chunkwise: chosen by 'auto'" in out
+    assert "chosen by 'auto'" in out
     report = json.loads(cli("doctor", "--json").out)
     assert report["peak_gflops_float32"] > 0
     assert report["bandwidth_gbytes"] > 0

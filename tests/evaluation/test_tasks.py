@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
+import sys
 
 import numpy as np
 import oracles
@@ -191,19 +193,27 @@ def test_a_string_does_not_depend_on_its_batch(name: str) -> None:
         assert not torch.equal(other.lengths, whole.lengths) or not torch.equal(other.tokens, whole.tokens)
 
 
-def digest(part: tuple[str, range]) -> list[list[int]]:
-    name, indices = part
-    batch = TASKS[name].batch("train", indices, lengths=(32, 32), protocol=None)
-    return batch.tokens.tolist()
+DIGEST = """
+import json, sys
+from openxlstm.evaluation.tasks import TASKS
+names, first, last = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+batches = [TASKS[n].batch("train", range(first, last), lengths=(32, 32), protocol=None) for n in names]
+print(json.dumps([b.tokens.tolist() for b in batches]))
+"""
 
 
 def test_any_number_of_workers_gives_the_same_data() -> None:
     names = ("s3", "mqar-small", "modular-arithmetic-brackets")
-    whole = {name: digest((name, range(60))) for name in names}
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        for name in names:
-            parts = pool.map(digest, [(name, range(n, n + 20)) for n in (0, 20, 40)])
-            assert [row for part in parts for row in part] == whole[name]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIGEST, json.dumps(names), str(n), str(n + 20)], stdout=subprocess.PIPE
+        )
+        for n in (0, 20, 40)
+    ]
+    parts = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    for number, name in enumerate(names):
+        whole = TASKS[name].batch("train", range(60), lengths=(32, 32), protocol=None)
+        assert [row for part in parts for row in part[number]] == whole.tokens.tolist()
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,7 @@ def test_without_a_compiler_one_line_says_why_decoding_is_slower(monkeypatch, tm
     ):
         monkeypatch.setenv("CXX", compiler)
         why = engine_module.why_not(lively(CASES["large"]))
+        assert why is not None
         assert reason in why
         assert "using PyTorch" in why
         assert "\n" not in why

@@ -19,7 +19,7 @@ from openxlstm.inference.engine import DecodeEngine
 from openxlstm.inference.measurement import DecodeSpeed, available_memory, measure_decode
 from openxlstm.inference.runner import ModelRunner
 from openxlstm.layers.quantized import Quantization, QuantizedLinear, quantize_model
-from openxlstm.models import parameter_count, state_bytes, xLSTMLarge, xLSTMLargeConfig
+from openxlstm.models import state_bytes, xLSTMLarge, xLSTMLargeConfig
 
 EXAMPLES = """\
   openxlstm bench --model xlstm-160m --random-weights --dtype bf16
@@ -37,7 +37,6 @@ SIZES = {
 """Published sizes for ``--random-weights``."""
 
 BITS = {"int8": 8, "int4": 4}
-_BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.01, "int4": 0.5625}
 
 
 @dataclass(frozen=True)
@@ -105,19 +104,18 @@ def random_model(name: str, dtype: str, batch: int = 1) -> xLSTMLarge:
             f"{nearest_name(name, SIZES)}"
         )
     config = SIZES[name]
-    embedding = config.vocab_size * config.embedding_dim
-    weights = (parameter_count(config) - embedding) * _BYTES[dtype]
-    needed = int(weights + embedding * max(_BYTES[dtype], 2.0)) + 2 * batch * state_bytes(config) + (1 << 29)
+    with torch.device("meta"):
+        model = xLSTMLarge(config).to(torch.float32 if dtype == "float32" else torch.bfloat16)
+        if dtype in BITS:
+            quantize_model(model, Quantization(bits=BITS[dtype]), weights=False)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    needed = weights + 2 * batch * state_bytes(config) + (1 << 29)
     free = available_memory()
     if free is not None and needed > free:
         raise ValueError(
             f"{name} in {dtype} with {batch} sequences needs {needed / 2**30:.1f} GiB of memory and "
             f"{free / 2**30:.1f} GiB are free: choose a smaller type, size or batch"
         )
-    with torch.device("meta"):
-        model = xLSTMLarge(config).to(torch.float32 if dtype == "float32" else torch.bfloat16)
-        if dtype in BITS:
-            quantize_model(model, Quantization(bits=BITS[dtype]), weights=False)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

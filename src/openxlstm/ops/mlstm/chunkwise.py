@@ -27,6 +27,7 @@ docs/mathematics.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -223,12 +224,13 @@ def _inner(work: Workspace, c: Tensor, n: Tensor, dc: Tensor, dn: Tensor, dtype:
     return (total.to(dtype) + (n * dn).sum(-1)).view(work.batch, work.heads)
 
 
-def register_gradient(name: str, forward: Any, backward: Any) -> None:
+def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[int] = (0, 4, 5)) -> None:
     """Make a chunkwise operator compile and differentiate.
 
     Args:
         name: of the forward operator.
         forward, backward: custom operators with the signatures of this module's.
+        saved: which results of the forward the backward takes behind the inputs; h, r and den unless given.
     """
 
     @forward.register_fake
@@ -245,9 +247,8 @@ def register_gradient(name: str, forward: Any, backward: Any) -> None:
         )
 
     def setup_context(ctx, inputs, output) -> None:
-        q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size = inputs
-        h, _, _, _, r, den = output
-        ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, reset, h, r, den)
+        *tensors, sigmoid, normalize, eps, chunk_size = inputs
+        ctx.save_for_backward(*tensors, *(output[n] for n in saved))
         ctx.options = (sigmoid, normalize, eps, chunk_size)
         ctx.set_materialize_grads(False)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from openxlstm.ops.gpu import configurations
 from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, triton_type, unit_stride
+from openxlstm.ops.mlstm.chunkwise import register_gradient
 from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 
 
@@ -182,14 +183,6 @@ def _forward(
     return h, c_last, n_last, m, r, den
 
 
-@_forward.register_fake
-def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
-    batch, time, heads, _ = q.shape
-    r = c0.new_empty(batch, heads, time)
-    states = (x.new_empty(x.shape) for x in (c0, n0, m0))
-    return v.new_empty(v.shape), *states, r, r.clone()
-
-
 @torch.library.custom_op("openxlstm::mlstm_triton_backward", mutates_args=())
 def _backward(
     q: Tensor,
@@ -327,25 +320,7 @@ def _parts(device: torch.device, programs: int, most: int) -> int:
     return max(1, min(most, processors // programs))
 
 
-@_backward.register_fake
-def _(q, k, v, i, f, c0, n0, m0, *_):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, i, f, c0, n0, m0))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, sigmoid, normalize, eps, chunk_size = inputs
-    h, c_last, n_last, _, r, den = output
-    ctx.save_for_backward(*tensors, h, c_last, n_last, r, den)
-    ctx.options = (sigmoid, normalize, eps, chunk_size)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, dh, dc, dn, dm, _dr, _dden):
-    grads = _backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
-    return (*grads, None, None, None, None, None)
-
-
-torch.library.register_autograd("openxlstm::mlstm_triton", _autograd, setup_context=_setup_context)
+register_gradient("openxlstm::mlstm_triton", _forward, _backward, saved=(0, 1, 2, 4, 5))
 
 
 def run(

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from openxlstm.config import nearest_name
+from openxlstm.ops.dispatch import Request
 from openxlstm.ops.native import build
 
 Tier = Literal["shipped", "compiled", "unavailable", "disabled"]
@@ -93,6 +94,25 @@ def unavailable() -> str | None:
 # What torch.compiler.assume_constant_result does, without its import of the compiler (more than a second): a
 # compiled graph keeps the answer it got.
 setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def refuse(request: Request, *, differentiable: bool) -> str | None:
+    """Why a backend made of native kernels cannot serve a request, or None.
+
+    Args:
+        request: of an operator.
+        differentiable: whether the backend has a backward pass.
+
+    Raises:
+        ValueError: ``OPENXLSTM_ISA`` names an instruction set this machine lacks.
+    """
+    if request.device.type != "cpu":
+        return f"runs on CPUs, not on {request.device.type}"
+    if request.dtype == torch.float64:
+        return "computes in float32, not float64"
+    if not differentiable and request.options.get("needs_grad"):
+        return "has no backward pass"
+    return unavailable()
 
 
 def call(function: str, arguments: ctypes.Structure) -> None:

@@ -5,6 +5,7 @@
 // small enough for the second-level cache, and nothing is shared between tasks.
 #pragma once
 
+#include "bfloat16.h"
 #include "kernels.h"
 #include "tiles.h"
 
@@ -25,18 +26,10 @@ struct Arena {
 // Distance between rows of the scores: whole tiles in both directions.
 inline int64_t score_stride(const oxl::Mlstm &a) { return whole_columns(whole_rows(a.chunk)); }
 
-inline float widen(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    __builtin_memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
-inline uint16_t narrow(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// n numbers times a factor, from one type to another.
+template <class From, class To>
+inline void scale(const From *from, int64_t n, float factor, To *to) {
+    for (int64_t c = 0; c < n; c += W) store(to + c, load(from + c, n - c) * factor, n - c);
 }
 
 constexpr int64_t AHEAD = 4;  // rows
@@ -67,13 +60,10 @@ struct Head {
             // rows lie far apart, so the processor does not see the next one coming
             if (r + AHEAD < rows)
                 for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(from + AHEAD * x.t * size + at);
-            if (a.bfloat16) {
-                const uint16_t *source = reinterpret_cast<const uint16_t *>(from);
-                for (int64_t c = 0; c < columns; ++c) to[c] = widen(source[c]) * factor;
-            } else {
-                const float *source = reinterpret_cast<const float *>(from);
-                for (int64_t c = 0; c < columns; ++c) to[c] = source[c] * factor;
-            }
+            if (a.bfloat16)
+                scale(reinterpret_cast<const bf16 *>(from), columns, factor, to);
+            else
+                scale(reinterpret_cast<const float *>(from), columns, factor, to);
             for (int64_t c = columns; c < stride; ++c) to[c] = 0.0f;
         }
         __builtin_memset(to, 0, sizeof(float) * (whole_rows(rows) - rows) * stride);
@@ -89,13 +79,10 @@ struct Head {
     // `columns` numbers into row t of an output (B, T, H, width), from column `first` on.
     void write(void *out, int64_t t, int64_t width, int64_t first, const float *from, int64_t columns) const {
         const int64_t at = ((batch * a.time + t) * a.heads + head) * width + first;
-        if (a.bfloat16) {
-            uint16_t *target = static_cast<uint16_t *>(out) + at;
-            for (int64_t c = 0; c < columns; ++c) target[c] = narrow(from[c]);
-        } else {
-            float *target = static_cast<float *>(out) + at;
-            for (int64_t c = 0; c < columns; ++c) target[c] = from[c];
-        }
+        if (a.bfloat16)
+            scale(from, columns, 1.0f, static_cast<bf16 *>(out) + at);
+        else
+            scale(from, columns, 1.0f, static_cast<float *>(out) + at);
     }
     // The rows of a chunk of such an output.
     void write(void *out, int64_t chunk, int64_t columns, const float *from, int64_t stride) const {

@@ -36,13 +36,7 @@ class _Arguments(ctypes.Structure):
 
 def refuse(request: Request) -> str | None:
     """Why the native product cannot serve a request, or None."""
-    if request.device.type != "cpu":
-        return f"runs on CPUs, not on {request.device.type}"
-    if request.dtype == torch.float64:
-        return "computes in float32, not float64"
-    if request.options.get("needs_grad"):
-        return "has no backward pass"
-    return loader.unavailable()
+    return loader.refuse(request, differentiable=False)
 
 
 def packed_weight(codes: Tensor, scales: Tensor, columns: int) -> Weight:

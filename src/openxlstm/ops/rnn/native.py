@@ -44,11 +44,7 @@ class _Arguments(ctypes.Structure):
 
 def refuse(request: Request) -> str | None:
     """Why the native backend cannot serve a request, or None."""
-    if request.device.type != "cpu":
-        return f"runs on CPUs, not on {request.device.type}"
-    if request.dtype == torch.float64:
-        return "computes in float32, not float64"
-    return loader.unavailable()
+    return loader.refuse(request, differentiable=True)
 
 
 def native(

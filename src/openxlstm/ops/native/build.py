@@ -26,8 +26,10 @@ FLAGS = (
     "-fno-trapping-math",
     "-pthread",
 )
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
 _X86 = {
-    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
@@ -123,5 +125,5 @@ def _run(command: list[str]) -> str:
 def _failure(command: list[str], output: str) -> str:
     lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
     return (
-        f"the C++ compiler '{command[0]}' failed: {lines[0].strip()} (it must support C++17: g++ 9, clang 10)"
+        f"the C++ compiler '{command[0]}' failed: {lines[0].strip()} (it must be g++ 10, clang 10 or newer)"
     )

@@ -16,7 +16,7 @@
 #define OXL_EXPORT extern "C" __attribute__((visibility("default")))
 
 #if defined(__x86_64__)
-extern const oxl::Kernels oxl_kernels_avx512, oxl_kernels_avx2;
+extern const oxl::Kernels oxl_kernels_avx512_bf16, oxl_kernels_avx512, oxl_kernels_avx2;
 #elif defined(__aarch64__)
 extern const oxl::Kernels oxl_kernels_neon;
 #endif
@@ -27,6 +27,7 @@ namespace {
 // Best first.
 const oxl::Kernels *const TABLE[] = {
 #if defined(__x86_64__)
+    &oxl_kernels_avx512_bf16,
     &oxl_kernels_avx512,
     &oxl_kernels_avx2,
 #elif defined(__aarch64__)
@@ -128,11 +129,13 @@ OXL_EXPORT const char *oxl_isa_name(int isa) { return TABLE[isa]->name; }
 OXL_EXPORT int oxl_isa_available(int isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (TABLE[isa] == &oxl_kernels_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("fma");
-    if (TABLE[isa] == &oxl_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (TABLE[isa] == &oxl_kernels_avx512_bf16)
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (TABLE[isa] == &oxl_kernels_avx512) return avx512;
+    if (TABLE[isa] == &oxl_kernels_avx2) return avx2;
 #endif
     (void)isa;
     return 1;

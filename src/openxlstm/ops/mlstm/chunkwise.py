@@ -230,7 +230,8 @@ def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[in
     Args:
         name: of the forward operator.
         forward, backward: custom operators with the signatures of this module's.
-        saved: which results of the forward the backward takes behind the inputs; h, r and den unless given.
+        saved: which results of the forward the backward takes behind the inputs; h, r and den unless given. A
+            result 6 is the stabiliser of every position, (B, H, T) float64.
     """
 
     @forward.register_fake
@@ -238,7 +239,8 @@ def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[in
         batch, time, heads, _ = q.shape
         h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         r = c0.new_empty(batch, heads, time)
-        return h, c0.new_empty(c0.shape), n0.new_empty(n0.shape), m0.new_empty(m0.shape), r, r.clone()
+        more = [r.double()] if 6 in saved else []
+        return h, c0.new_empty(c0.shape), n0.new_empty(n0.shape), m0.new_empty(m0.shape), r, r.clone(), *more
 
     @backward.register_fake
     def _(q, k, v, i, f, c0, n0, m0, *_):
@@ -252,7 +254,7 @@ def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[in
         ctx.options = (sigmoid, normalize, eps, chunk_size)
         ctx.set_materialize_grads(False)
 
-    def gradient(ctx, dh, dc, dn, dm, _dr, _dden):
+    def gradient(ctx, dh, dc, dn, dm, *_):
         grads = backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
         return (*grads, None, None, None, None, None)
 

@@ -1,12 +1,12 @@
 """Backend ``triton`` of the mLSTM: Tiled Flash Linear Attention on GPUs, exact gradients.
 
 ``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does. Forwards, gate scalars
-apart: one launch with the state on the chip where heads and value columns fill the machine, else two (states
-between chunks, then all chunks in parallel); :func:`configurations.resident` is the rule. Backwards four:
-states again, row scalars, state gradients, then dQ, dK and dV of each chunk from shared score tiles. Any
-length, any head dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16 or float16;
-gates, normaliser and returned states are float32, sums of gates float64. States between chunks are kept in
-bfloat16 for bfloat16 inputs, else in float32.
+(:mod:`triton_scalars`) apart: one launch with the state on the chip where heads and value columns fill the
+machine, else two (states between chunks, then all chunks in parallel); :func:`configurations.resident` is the
+rule. Backwards four: states again, row scalars, state gradients, then dQ, dK and dV of each chunk from shared
+score tiles. Any length, any head dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16
+or float16; gates, normaliser and returned states are float32, sums of gates float64. States between chunks
+are kept in bfloat16 for bfloat16 inputs, else in float32.
 
 Gradients do not depend on how forward and backward choose their chunk lengths. Not twice differentiable; the
 backend ``recurrent`` is. Source: arXiv 2503.14376; derivation in docs/kernels.md.
@@ -15,7 +15,6 @@ backend ``recurrent`` is. Source: arXiv 2503.14376; derivation in docs/kernels.m
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,43 +22,7 @@ from torch import Tensor
 from openxlstm.ops.gpu import configurations
 from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, triton_type, unit_stride
 from openxlstm.ops.mlstm.chunkwise import register_gradient
-from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
-
-
-class Scalars(NamedTuple):
-    """Gate scalars as the kernels take them, (B, H, N, L) contiguous unless noted."""
-
-    gates: Gates
-    rows: Tensor
-    columns: Tensor
-    segment: Tensor
-    carry_in: Tensor
-    to_state: Tensor
-    keep: Tensor
-    """(B, H, N)"""
-    floor: Tensor
-    """(B, H, T) exp(-m)"""
-
-
-def _scalars(
-    i: Tensor, f: Tensor, m0: Tensor, reset: Tensor | None, chunk_size: int, sigmoid: bool
-) -> Scalars:
-    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
-    # rows and columns relative to the row where their segment of the chunk begins: smaller numbers, and none
-    # that depends on what lies before a cut
-    cut = torch.nn.functional.pad(gates.segment, (1, -1), value=0) != gates.segment
-    begin = torch.where(cut, torch.arange(chunk_size, device=i.device), 0).cummax(-1).values
-    anchor = gates.rows.gather(-1, begin)
-    return Scalars(
-        gates,
-        (gates.rows - anchor).contiguous(),
-        (gates.columns + anchor).contiguous(),
-        gates.segment.to(torch.int32).contiguous(),
-        gates.carry_in.float().contiguous(),
-        gates.to_state.float().contiguous(),
-        gates.keep.float().contiguous(),
-        (-gates.m).exp().float().contiguous(),
-    )
+from openxlstm.ops.mlstm.triton_scalars import MAX_CHUNK, Scalars, gradients, prepare
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -149,8 +112,8 @@ def _forward(
     normalize: bool,
     eps: float,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h, the last c, n, m, and (B, H, T) r and den for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, the last c, n, m, and (B, H, T) r, den and m for the backward."""
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     h = v.new_empty(v.shape)
@@ -158,20 +121,20 @@ def _forward(
     if time == 0 or batch == 0 or heads == 0:
         m = torch.zeros_like(m0) if sigmoid else m0.clone(memory_format=torch.contiguous_format)
         c, n = (x.clone(memory_format=torch.contiguous_format) for x in (c0, n0))
-        return h, c, n, m, r, den
+        return h, c, n, m, r, den, r.double()
     q, k, v = (unit_stride(x) for x in (q, k, v))
     resident = configurations.resident(q.device, q.dtype, batch * heads, dk, dv)
     if resident is not None:
         length = min(chunk_size or resident.time, resident.time, time)
-        scalars = _scalars(i, f, m0, reset, length, sigmoid)
+        scalars = prepare(i, f, m0, reset, length, sigmoid)
         c_last, n_last = (x.new_empty(x.shape) for x in (c0, n0))
         _resident(
             (q, k, v), scalars, (c0.contiguous(), n0.contiguous()), (h, r, den, c_last, n_last), resident,
             length, normalize, eps,
         )  # fmt: skip
     else:
-        length = min(chunk_size or configurations.mlstm(q.device, q.dtype).forward_chunk, time)
-        scalars = _scalars(i, f, m0, reset, length, sigmoid)
+        length = min(chunk_size or configurations.mlstm(q.device, q.dtype).forward_chunk, MAX_CHUNK, time)
+        scalars = prepare(i, f, m0, reset, length, sigmoid)
         c_states, n_states, c_last, n_last = _states(
             k, v, scalars, c0.contiguous(), n0.contiguous(), length, last=True
         )
@@ -179,8 +142,8 @@ def _forward(
     if not normalize:
         r.zero_()
         den.fill_(1.0)
-    m = scalars.gates.m[..., -1].to(m0.dtype).clone(memory_format=torch.contiguous_format)
-    return h, c_last, n_last, m, r, den
+    m = scalars.m[..., -1].to(m0.dtype).contiguous()
+    return h, c_last, n_last, m, r, den, scalars.m
 
 
 @torch.library.custom_op("openxlstm::mlstm_triton_backward", mutates_args=())
@@ -199,6 +162,7 @@ def _backward(
     n_last: Tensor,
     r: Tensor,
     den: Tensor,
+    m: Tensor,
     dh: Tensor | None,
     dc_last: Tensor | None,
     dn_last: Tensor | None,
@@ -227,29 +191,15 @@ def _backward(
     dh = h.new_zeros(h.shape) if dh is None else unit_stride(dh)
     config = configurations.mlstm(q.device, q.dtype)
     length = min(chunk_size or config.backward_chunk, config.backward_chunk, time)
-    scalars = _scalars(i, f, m0, reset, length, sigmoid)
-    along, flow, outgoing, incoming = _matrix_gradients(
+    scalars = prepare(i, f, m0, reset, length, sigmoid, m)
+    flows = _matrix_gradients(
         (q, k, v, h, dh), (c0.contiguous(), n0.contiguous(), dc, dn), (r, den), scalars,
         (dq, dk_out, dv_out), config, length, normalize,
     )  # fmt: skip
-    gates = scalars.gates
-    chunk_flow = torch.cat([flow[..., 1:], last_flow[..., None]], -1)
-    d_key = incoming.flatten(-2)[..., :time]
-    path = along.double() * -eps if normalize else torch.zeros_like(gates.m)
-    path_end = -last_flow if dm_last is None else dm_last.double() - last_flow
     di, df, dm0 = gradients(
-        gates, outgoing - incoming, chunk_flow, flow[..., 0], d_key, path, path_end, i, f, sigmoid
+        i, f, m0, reset, m, *flows, last_flow, dm_last, eps, sigmoid=sigmoid, normalize=normalize
     )
-    return (
-        dq,
-        dk_out,
-        dv_out,
-        di.to(i.dtype).contiguous(),
-        df.to(f.dtype).contiguous(),
-        dc,
-        dn,
-        dm0.to(m0.dtype),
-    )
+    return dq, dk_out, dv_out, di, df, dc, dn, dm0
 
 
 def _matrix_gradients(
@@ -264,8 +214,8 @@ def _matrix_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill ``outputs`` (dq, dk, dv) and turn dc, dn of the last state into those of the first, in place.
 
-    Returns (dh . h) / den (B, H, T); <C, dC> + n . dn entering each chunk (B, H, N); and q . dq and k . dk
-    (B, H, N, L); all but the first in float64.
+    Returns float32 (dh . h) / den (B, H, T); parts of <C, dC> + n . dn entering each chunk
+    (B, H, N, tiles); and parts of q . dq and k . dk (parts, B, H, N, L).
     """
     q, k, v, h, dh = inputs
     c0, n0, dc, dn = states
@@ -304,12 +254,7 @@ def _matrix_gradients(
         NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
         **tiles.options,
     )  # fmt: skip
-    return (
-        along,
-        flow.sum((-2, -1), dtype=torch.float64).view(batch, heads, chunks),
-        outgoing.sum(0, dtype=torch.float64),
-        incoming.sum(0, dtype=torch.float64),
-    )
+    return along, flow.view(batch, heads, chunks, -1), outgoing, incoming
 
 
 def _parts(device: torch.device, programs: int, most: int) -> int:
@@ -320,7 +265,7 @@ def _parts(device: torch.device, programs: int, most: int) -> int:
     return max(1, min(most, processors // programs))
 
 
-register_gradient("openxlstm::mlstm_triton", _forward, _backward, saved=(0, 1, 2, 4, 5))
+register_gradient("openxlstm::mlstm_triton", _forward, _backward, saved=(0, 1, 2, 4, 5, 6))
 
 
 def run(
@@ -340,5 +285,5 @@ def run(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mLSTM on a GPU; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
-    h, c, n, m, _, _ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, chunk_size)
+    h, c, n, m, *_ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, chunk_size)
     return h, c, n, m

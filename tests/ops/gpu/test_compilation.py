@@ -12,6 +12,9 @@ import json
 import compile_kernels as tool
 import pytest
 
+WITHOUT_PRODUCTS = (
+    "chunk_changes_kernel", "entering_kernel", "scalars_kernel", "rows_kernel", "gate_gradients_kernel",
+)  # fmt: skip
 ROWS = json.loads(tool.TABLE.read_text())["rows"]
 
 
@@ -31,7 +34,7 @@ def test_table_is_complete_and_within_budget():
     }
     for row in ROWS:
         assert row["shared"] <= tool.SHARED_MEMORY[row["target"]], key(row)
-        if row["scenario"] == "mlstm-bfloat16" and row["kernel"] != "rows_kernel":
+        if row["scenario"] == "mlstm-bfloat16" and row["kernel"] not in WITHOUT_PRODUCTS:
             unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[row["target"]]
             assert row["instructions"].get(unit), (key(row), row["instructions"])
 

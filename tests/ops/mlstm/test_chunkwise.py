@@ -74,7 +74,7 @@ def test_half_precision_beats_the_plain_formula(dtype, bfloat16_units, backend, 
 
 
 def plain_formula(q, k, v, i, f):
-    """The quadratic form in the dtype of the inputs, gates and all."""
+    """The quadratic form; products in the dtype of q, k, v, gates in that of i, f."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     log_f = torch.nn.functional.logsigmoid(f.transpose(1, 2)).cumsum(-1)
     decay = log_f[..., :, None] - log_f[..., None, :] + i.transpose(1, 2)[..., None, :]
@@ -82,7 +82,7 @@ def plain_formula(q, k, v, i, f):
     m = torch.maximum(decay.amax(-1), log_f)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5 * (decay - m[..., None]).exp()
     den = torch.maximum(scores.sum(-1).abs(), (-m).exp())
-    return (scores @ v / den[..., None]).transpose(1, 2)
+    return (scores.to(v.dtype) @ v / den[..., None]).transpose(1, 2)
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,6 +9,9 @@ because the stabiliser's own gradient may run through the whole sequence.
 Scans restart at cuts by selecting, not by subtracting: nothing before a cut changes a bit of what follows it.
 """
 
+# The type checker knows neither branches on constants (names unbound on the other side) nor ``constexpr``.
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -72,12 +72,14 @@ def prepare(
             decay, best, m0, entering, chunks, BN=min(MAX_CHUNK, configurations.tile_of(chunks)), **_OPTIONS
         )
     result = Scalars(
-        *(new(dtype, chunks, length) for dtype in (torch.float64, torch.float64, torch.int32)),
-        new(torch.float32, chunks, length),
-        new(torch.float32, chunks, length),
-        new(torch.float32, chunks),
-        new(torch.float32, time),
-        new(torch.float64, time) if m is None else m,
+        rows=new(torch.float64, chunks, length),
+        columns=new(torch.float64, chunks, length),
+        segment=new(torch.int32, chunks, length),
+        carry_in=new(torch.float32, chunks, length),
+        to_state=new(torch.float32, chunks, length),
+        keep=new(torch.float32, chunks),
+        floor=new(torch.float32, time),
+        m=new(torch.float64, time) if m is None else m,
     )
     kernel("mlstm.triton_gates", "scalars_kernel")[(pairs * chunks,)](
         i, f, reset, m0, entering, result.m, *result[:-1], *sizes,

@@ -14,12 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def log_sigmoid(x):
-    """min(x, 0) - log(1 + exp(-|x|)), by its series where 1 + u would lose u."""
-    u = tl.exp(-tl.abs(x))
-    return tl.minimum(x, 0.0) - tl.where(u < 1e-2, u * (1.0 - u * (0.5 - u / 3.0)), tl.log(1.0 + u))
+from openxlstm.ops.mlstm.triton_gates import log_sigmoid
 
 
 @triton.jit(do_not_specialize=["time", "scale"])
@@ -49,10 +44,10 @@ def step_scalars_kernel(
     n = tl.load(n_in + state * dk + in_k, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_in + state).to(tl.float32)
     for t in range(time):
-        log_f = log_sigmoid(tl.load(f + batch * f_b + t * f_t + head * f_h).to(tl.float32))
+        log_f = log_sigmoid(tl.load(f + batch * f_b + t * f_t + head * f_h).to(tl.float64)).to(tl.float32)
         log_i = tl.load(i + batch * i_b + t * i_t + head * i_h).to(tl.float32)
         if SIGMOID:
-            log_i = log_sigmoid(log_i)
+            log_i = log_sigmoid(log_i.to(tl.float64)).to(tl.float32)
             m_new = m * 0.0
             keep, add = tl.exp(log_f), tl.exp(log_i)
         else:

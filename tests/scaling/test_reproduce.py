@@ -29,17 +29,25 @@ def check_page(path: Path, figures: int) -> str:
     return text
 
 
-def test_reproduction_with_a_few_parametric_fits(published: Path, tmp_path: Path) -> None:
+def test_reproduction_with_a_few_parametric_fits(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(published, data)
     data.chmod(0o755)
     for file in data.iterdir():
         file.chmod(0o644)
     fits = pd.read_csv(data / "ref_parametric_fits.csv")
-    fits[fits["raw_data_available"]].iloc[[20, 90]].to_csv(data / "ref_parametric_fits.csv", index=False)
+    fits[fits["raw_data_available"]].iloc[[20, 26, 90]].to_csv(data / "ref_parametric_fits.csv", index=False)
     assert main(["scaling", "reproduce", str(data), "--output", str(tmp_path / "report.html")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"FLOPs of runs, relative +562 +\d\.\de-\d\d  1e-09\n", printed)
+    assert re.search(r"exponents of N\*\(C\) and D\*\(C\), absolute +6 ", printed)
     text = check_page(tmp_path / "report.html", 6)
-    assert "reference optima" in text  # where runs are missing, it says so
+    assert "| published optima|" in text  # where runs are missing, it says so
+    assert "| published optima of N: D = C / FLOPs per token|" in text
+    assert text.count("tokens|") >= 6  # both families at three contexts
+    assert "published parameters that are not an optimum" in text
     assert "Inference times" in text
 
 
@@ -66,3 +74,13 @@ def test_directories_without_the_measurements(tmp_path: Path, capsys: pytest.Cap
     pd.DataFrame({"model": ["a"], "loss": [1.0]}).to_csv(tmp_path / "training_runs.csv", index=False)
     assert main(["scaling", "reproduce", str(tmp_path)]) == 2
     assert "lacks the columns" in capsys.readouterr().err
+
+
+def test_references_without_their_columns_are_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copy(published / "training_runs.csv", tmp_path / "training_runs.csv")
+    reference = pd.read_csv(published / "ref_parametric_fits.csv").drop(columns="token_param_range")
+    reference.to_csv(tmp_path / "ref_parametric_fits.csv", index=False)
+    assert main(["scaling", "reproduce", str(tmp_path)]) == 2
+    assert "ref_parametric_fits.csv' lacks the columns token_param_range" in capsys.readouterr().err

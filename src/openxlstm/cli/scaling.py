@@ -126,9 +126,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _reproduce(arguments: Sequence[str]) -> int:
     options = parse(ReproduceOptions, arguments, command="scaling reproduce")
-    from openxlstm.scaling.reproduce import reproduce
+    from openxlstm.scaling.reproduction import reproduce
 
-    report = reproduce(options.data, lambda line: print(line, flush=True))
+    report, checks = reproduce(options.data, lambda line: print(line, flush=True))
+    print("\nagainst the published results: values compared, largest difference, limit")
+    for check in checks:
+        mark = "" if check.holds else "   above the limit, see the report"
+        print(f"  {check.what:<66} {check.count:>4}  {check.largest:>8.1e}  {check.limit:g}{mark}")
     print(f"report: {report.write(options.output)}")
     return 0
 

@@ -37,6 +37,7 @@ MEASUREMENT_COLUMNS = (
     "model_params.num_blocks",
     "model_params.ffn_dim",
     "model_params.vocab_size",
+    "model_params.chunk_size",
 )
 CONVENTION_TOLERANCE = (
     0.03  # FLOPs of runs of equal size differ by less: heads and chunk lengths do that much

@@ -65,6 +65,10 @@ class Report:
         names = html.escape("; ".join(chart.title for chart in charts))
         self._parts.append(f'<p><img alt="{names}" src="data:image/png;base64,{image}"></p>')
 
+    def append(self, other: Report) -> None:
+        """The sections of another report, without its title."""
+        self._parts += other._parts[1:]
+
     def render(self) -> str:
         """The page."""
         return (

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from openxlstm.models.accounting import least_mlstm_flops
 from openxlstm.ops import mlstm, mlstm_advance, rnn
 from openxlstm.ops.rnn.cells import CELLS
 from openxlstm.state import mLSTMState
@@ -266,14 +267,15 @@ def bench_mlstm(clock: Clock, rates: dict[str, float], quick: bool) -> list[dict
                 continue
             calls |= {f"{label} | {what}": call for what, call in both.items()}
         times = measure(calls, 3 if quick else 20)
-        tokens = batch * length * heads
-        flops = tokens * (4 * dk * dv + 64 * (dk + dv))  # chunks of 64, causal half
-        bytes_moved = 2 * tokens * (2 * dk + 2 * dv)
-        bound = 1e3 * max(flops / rates["matrix"], bytes_moved / rates["bandwidth"])
         for label, ms in times.items():
+            backward = "backward" in label
+            flops = batch * least_mlstm_flops(length, heads, dk, dv, backward=backward)
+            widths = 6 * dk + 5 * dv if backward else 2 * dk + 2 * dv  # q, k, v, h and gradients, bfloat16
+            bytes_moved = 2 * batch * length * heads * widths
+            bound = 1e3 * max(flops / rates["matrix"], bytes_moved / rates["bandwidth"])
             rows.append({
                 "shape": name, "what": label, "ms": ms, "peak_bytes": peak_memory(calls[label]),
-                "bound_ms": bound * (3.1 if "backward" in label else 1.0),
+                "bound_ms": bound,
             })  # fmt: skip
         del calls, variants, inputs, q, k, v, i, f
         torch.cuda.empty_cache()

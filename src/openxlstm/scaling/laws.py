@@ -17,7 +17,7 @@ import numpy as np
 
 from openxlstm.runtime import atomic_write_text
 from openxlstm.scaling.data import Table
-from openxlstm.scaling.parametric import ParametricFit, log_loss
+from openxlstm.scaling.parametric import ParametricFit, log_loss, widening
 
 FORMAT = "openxlstm laws 1"
 
@@ -50,7 +50,10 @@ class Law:
 
     def interval(self, num_params: float, num_tokens: float, level: float = 0.95) -> tuple[float, float]:
         """Prediction interval of one run: parameters and residual noise."""
-        logs = log_loss(np.array(self.samples), np.log([num_params]), np.log([num_tokens]))[:, 0]
+        point = np.log([num_params]), np.log([num_tokens])
+        centre = log_loss(np.array([self.parameters]), *point)[0, 0]
+        factor = widening(self.runs, 5 + (self.parameters[-1] != 1))
+        logs = centre + factor * (log_loss(np.array(self.samples), *point)[:, 0] - centre)
         draws = logs[:, None] + self.noise * np.random.default_rng(0).standard_normal((len(logs), 64))
         low, high = np.exp(np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2]))
         return float(low), float(high)

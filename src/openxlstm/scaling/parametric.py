@@ -91,6 +91,11 @@ class ParametricFit:
         free = max(1, len(self.losses) - 5 - self.free_gamma)
         return float(np.sqrt((self.residuals**2).sum() / free))
 
+    @property
+    def widening(self) -> float:
+        """Factor on bootstrap deviations: refits of few runs to many parameters scatter too little."""
+        return widening(len(self.losses), 5 + self.free_gamma)
+
     def interval(
         self,
         num_params: float,
@@ -105,7 +110,9 @@ class ParametricFit:
         Raises:
             ValueError: the fit has no bootstrap samples.
         """
-        logs = log_loss(self._samples(), np.log([num_params]), np.log([num_tokens]))[:, 0]
+        point = np.log([num_params]), np.log([num_tokens])
+        centre = float(log_loss(np.array([self.parameters]), *point)[0, 0])
+        logs = centre + self.widening * (log_loss(self._samples(), *point)[:, 0] - centre)
         if prediction:
             generator = np.random.default_rng(seed)
             residuals = self.residuals - self.residuals.mean()
@@ -125,11 +132,13 @@ class ParametricFit:
         total = columns["alpha"] + columns["beta"]
         columns["size_exponent"] = columns["beta"] / total
         columns["token_exponent"] = columns["alpha"] / total
-        quantiles = [0.5 - level / 2, 0.5 + level / 2]
+        centres = dict(zip(NAMES, self.parameters, strict=True))
+        centres |= {"size_exponent": self.size_exponent, "token_exponent": 1 - self.size_exponent}
         result: dict[str, tuple[float, float]] = {}
         for name, column in columns.items():
-            low, high = np.quantile(column, quantiles)
-            result[name] = (float(low), float(high))
+            low, high = np.quantile(column, [0.5 - level / 2, 0.5 + level / 2]) - centres[name]
+            centre, factor = centres[name], self.widening
+            result[name] = (float(centre + factor * low), float(centre + factor * high))
         return result
 
     @property
@@ -353,6 +362,11 @@ class _Problem:
         return (
             a + alpha * self.shift_n, b + beta * self.shift_d, e, alpha, beta, gamma[0] if gamma else 1.0
         )  # fmt: skip
+
+
+def widening(runs: int, parameters: int) -> float:
+    """sqrt(n / (n - p)), the small-sample correction of deviations (as in the HC1 covariance)."""
+    return float(np.sqrt(runs / max(1, runs - parameters)))
 
 
 def log_loss(points: Array, log_n: Any, log_d: Any) -> Array:

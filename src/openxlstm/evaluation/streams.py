@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 UInt64 = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-SMALL = 64  # up to this many symbols, 16 random bits per symbol are enough
+SMALL = 128  # up to this many symbols, 16 random bits per symbol are enough
 SPLITS = ("train", "validation", "test")
 
 
@@ -78,17 +78,21 @@ class Stream:
         return np.unpackbits(words.view(np.uint8), axis=1, count=count)
 
     def below(self, limit: int, count: int) -> NDArray[Any]:
-        """Integers from 0 to ``limit - 1``, (B, count): uint8 for up to 64 symbols, else int64.
+        """Integers from 0 to ``limit - 1``, (B, count): uint8 for up to 128 symbols, else int64.
 
-        Probabilities differ from 1 / limit by less than 2**-16 (up to 64 symbols) or 2**-32.
+        Probabilities differ from 1 / limit by less than 2**-16 (up to 128 symbols) or 2**-32.
         """
         if limit == 2:
             return self.bits(count)
         if limit <= SMALL:
             lanes = self.words(-(-count // 4)).view(np.uint16)[:, :count]
             return (np.multiply(lanes, limit, dtype=np.uint32) >> np.uint32(16)).astype(np.uint8)
-        lanes = self.words(-(-count // 2)).view(np.uint32)[:, :count]
+        lanes = self.lanes(count)[:, :count]
         return (np.multiply(lanes, limit, dtype=np.uint64) >> np.uint64(32)).astype(np.int64)
+
+    def lanes(self, count: int) -> NDArray[np.uint32]:
+        """At least ``count`` random numbers of 32 bits per sample, (B, ``count`` or one more), contiguous."""
+        return self.words(-(-count // 2)).view(np.uint32)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Numbers in (0, 1), (B, count)."""

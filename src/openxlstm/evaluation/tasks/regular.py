@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openxlstm.evaluation.streams import Stream
+from openxlstm.evaluation.tasks import automaton
 from openxlstm.evaluation.tasks.task import PrefixTask
 
 
@@ -53,11 +54,11 @@ class CycleNavigation(PrefixTask):
     summary = "where on a cycle of five do these steps end"
     vocab_size = 9
     answers = (4, 5, 6, 7, 8)
+    table = (np.arange(5)[:, None] + np.array([0, 1, -1])) % 5
 
     def prefixes(self, stream: Stream, length: int) -> tuple[NDArray, NDArray]:
         steps = stream.below(3, length)
-        moves = np.array([0, 1, -1], dtype=np.int8)[steps]
-        return steps + np.uint8(1), np.cumsum(moves, axis=1, dtype=np.int16) % 5 + 4
+        return steps + np.uint8(1), automaton.run(self.table, steps) + np.int16(4)
 
 
 class WordProblem(PrefixTask):
@@ -77,22 +78,13 @@ class WordProblem(PrefixTask):
 
     @cached_property
     def table(self) -> NDArray[np.int64]:
-        """Number of "a, then b" for all pairs, flat: entry ``a * n! + b``."""
+        """Number of "a, then b" for all pairs, (n!, n!)."""
         numbers = {p: n for n, p in enumerate(self.permutations)}
-        return np.array(
-            [
-                numbers[tuple(b[place] for place in a)]
-                for a, b in itertools.product(self.permutations, repeat=2)
-            ],
-            dtype=np.int64,
-        )
+        rows = [
+            [numbers[tuple(b[place] for place in a)] for b in self.permutations] for a in self.permutations
+        ]
+        return np.array(rows, dtype=np.int64)
 
     def prefixes(self, stream: Stream, length: int) -> tuple[NDArray, NDArray]:
-        count = len(self.permutations)
-        drawn = stream.below(count, length)
-        symbols = np.ascontiguousarray(drawn.T, dtype=np.int64)  # time first: the scan goes over rows
-        products = np.empty_like(symbols)
-        products[0] = symbols[0]
-        for time in range(1, length):
-            np.take(self.table, products[time - 1] * count + symbols[time], out=products[time])
-        return drawn.astype(np.int16) + np.int16(1), products.T + 1
+        symbols = stream.below(len(self.permutations), length)
+        return symbols + np.uint8(1), automaton.run(self.table, symbols) + np.int16(1)

@@ -25,7 +25,9 @@ class Majority(PrefixTask):
     def prefixes(self, stream: Stream, length: int) -> tuple[NDArray, NDArray]:
         bits = stream.bits(length)
         ahead = np.cumsum(bits.view(np.int8) * np.int8(2) - np.int8(1), axis=1, dtype=np.int16)
-        return bits + np.uint8(1), np.where(ahead == 0, IGNORED, np.where(ahead > 0, 2, 1))
+        answers = (ahead > 0) + np.int16(1)
+        np.copyto(answers, IGNORED, where=ahead == 0)
+        return bits + np.uint8(1), answers
 
 
 class MajorityCount(PrefixTask):
@@ -58,10 +60,10 @@ class MissingDuplicate(Task):
 
     def strings(self, stream: Stream, lengths: Lengths, protocol: str) -> tuple[NDArray, NDArray]:
         word = stream.below(self.symbols, int(lengths.max()) // 2) + np.uint8(1)
-        positions = np.arange(int(lengths.max()))
-        half = (lengths // 2)[:, None]
-        doubled = np.take_along_axis(word, np.minimum(positions % half, word.shape[1] - 1), axis=1)
         at, rows = stream.up_to(lengths), np.arange(len(lengths))
+        positions, half = np.arange(2 * word.shape[1]), (lengths // 2)[:, None]
+        source = positions + (rows * word.shape[1])[:, None] - half * (positions >= half)
+        doubled = word.take(source, mode="clip")  # what comes after the string is no matter
         answers = doubled[rows, at].copy()
         doubled[rows, at] = self.HIDDEN
         return ask_last(doubled, lengths, answers)

@@ -1,11 +1,7 @@
-"""Depthwise causal convolution with a carried state and exact document boundaries.
+"""Depthwise causal convolution of the block stack: the parameters of the operator ``causal_convolution``.
 
-    y_t = bias + sum_{d=0..K-1} w[K-1-d] * x_{t-d}
-
-where x before the sequence is the carried state (zeros at the start), and a tap that would reach over a
-document boundary reads zero. The state is the last K - 1 inputs, (B, K - 1, E), oldest first, with everything
-before the last boundary zeroed, so that handing it on can't leak either. In the published code the states of
-the full-sequence form (K - 1 rows) and of the step form (K rows) are incompatible; here there is one.
+In the published code the states of the full-sequence form (K - 1 rows) and of the step form (K rows) are
+incompatible; here there is one, the last K - 1 inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import uniform_
 from openxlstm.layers.precision import at_least_float32
-from openxlstm.ops.packing import check_boundaries
+from openxlstm.ops import causal_convolution
 
 
 class CausalConv1d(nn.Module):
@@ -61,7 +57,7 @@ class CausalConv1d(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, *, reset: Tensor | None = None
+        self, x: Tensor, state: Tensor | None = None, *, reset: Tensor | None = None, silu: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Convolve ``x``.
 
@@ -69,43 +65,18 @@ class CausalConv1d(nn.Module):
             x: (B, T, E).
             state: what came before, (B, K - 1, E); None is zeros.
             reset: bool (B, T), True where a new document starts.
+            silu: apply SiLU to the result; without a convolution there is none.
 
         Returns:
             y (B, T, E) in the dtype of ``x``, and the new state (B, K - 1, E).
 
         Raises:
-            ValueError: ``reset`` of another shape or dtype.
+            ValueError: ``state`` of another shape, or ``reset`` of another shape or dtype.
         """
-        batch, time, channels = x.shape
-        check_boundaries(None, reset, x)
         if self.conv is None:
-            return x, at_least_float32(x.new_zeros(batch, 0, channels))
-        past = self.kernel_size - 1
-        before = x.new_zeros(batch, past, channels) if state is None else state.to(x.dtype)
-        padded = torch.cat([before, x], dim=1)  # (B, K - 1 + T, E)
-
-        document = None  # (B, K - 1 + T): running number of the document at each position of `padded`
-        if reset is not None:
-            document = torch.cat(
-                [reset.new_zeros(batch, past, dtype=torch.long), reset.long().cumsum(1)], dim=1
-            )
-
-        weight = self.conv.weight.to(x.dtype)[:, 0]  # (E, K)
-        y = x * weight[:, past]
-        for distance in range(1, self.kernel_size):
-            start = past - distance
-            tap = padded[:, start : start + time]
-            if document is not None:
-                same = document[:, start : start + time] == document[:, past:]
-                tap = torch.where(same[..., None], tap, 0)
-            y = torch.addcmul(y, tap, weight[:, start])
-        if self.conv.bias is not None:
-            y = y + self.conv.bias.to(x.dtype)
-
-        last = padded[:, time:]
-        if document is not None:
-            last = torch.where((document[:, time:] == document[:, -1:])[..., None], last, 0)
-        return y, at_least_float32(last)
+            return x, at_least_float32(x.new_zeros(x.shape[0], 0, x.shape[2]))
+        weight, bias = self.conv.weight[:, 0], self.conv.bias
+        return causal_convolution(x, weight, bias, state=state, return_state=True, reset=reset, silu=silu)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """PyTorch's default for this convolution: U(-1/sqrt(K), 1/sqrt(K)) for weight and bias."""

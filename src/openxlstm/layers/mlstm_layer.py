@@ -182,7 +182,7 @@ class mLSTMLayer(nn.Module):
         """
         conv_state, cell_state = (None, None) if state is None else state
         a, z = self.proj_up(x).chunk(2, dim=-1)
-        a_conv, conv_state = self._convolve(a, conv_state, reset)
+        a_conv, conv_state = self.conv1d(a, conv_state, reset=reset, silu=True)
         h, cell_state = self.mlstm_cell(
             self.q_proj(a_conv), self.k_proj(a_conv), self.v_proj(a), cell_state, return_state, reset
         )
@@ -193,15 +193,11 @@ class mLSTMLayer(nn.Module):
         """Advance by one position: x (B, 1, E) -> (y (B, 1, E), state)."""
         conv_state, cell_state = self.initial_state(x.shape[0], x.device) if state is None else state
         a, z = self.proj_up(x).chunk(2, dim=-1)
-        a_conv, conv_state = self._convolve(a, conv_state, None)
+        a_conv, conv_state = self.conv1d(a, conv_state, silu=True)
         h, cell_state = self.mlstm_cell.step(
             self.q_proj(a_conv), self.k_proj(a_conv), self.v_proj(a), cell_state
         )
         return self._output(h, a_conv, z), LayerState(conv_state, cell_state)
-
-    def _convolve(self, a: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        a_conv, new_state = self.conv1d(a, state, reset=reset)
-        return (F.silu(a_conv) if self.config.conv1d_kernel_size > 0 else a_conv), new_state
 
     def _output(self, h: Tensor, a_conv: Tensor, z: Tensor) -> Tensor:
         return self.dropout(self.proj_down((h + self.learnable_skip * a_conv) * F.silu(z)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.backends import check_backend, step_backend
@@ -255,9 +254,7 @@ class sLSTMLayer(nn.Module):
 
     def _gates(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Pre-activations without the recurrent part, (B, T, 4, H, D) in the order i, f, z, o."""
-        x_conv, new_state = self.conv1d(x, state, reset=reset)
-        if self.config.conv1d_kernel_size > 0:
-            x_conv = F.silu(x_conv)
+        x_conv, new_state = self.conv1d(x, state, reset=reset, silu=True)
         gates = torch.stack([self.fgate(x_conv), self.igate(x_conv), self.zgate(x), self.ogate(x)], dim=2)
         return gates.unflatten(-1, (self.config.num_heads, -1)), new_state
 

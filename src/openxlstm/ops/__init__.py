@@ -1,5 +1,6 @@
 """Operators: pure functions on tensors. The only layer that knows about kernels and devices."""
 
+from openxlstm.ops.convolution import causal_convolution
 from openxlstm.ops.dense import linear
 from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.advance import mlstm_advance
@@ -9,6 +10,7 @@ from openxlstm.ops.quantization import quantized_linear
 from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
 
 __all__ = [
+    "causal_convolution",
     "explain",
     "linear",
     "mlstm",

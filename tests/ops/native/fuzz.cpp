@@ -18,6 +18,8 @@ int oxl_mlstm_forward(int isa, int threads, oxl::Mlstm *args);
 int oxl_mlstm_backward(int isa, int threads, oxl::Mlstm *args);
 int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args);
 int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args);
+int oxl_convolution_forward(int isa, int threads, oxl::Convolution *args);
+int oxl_convolution_backward(int isa, int threads, oxl::Convolution *args);
 int oxl_product(int isa, int threads, oxl::Product *args);
 int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args);
 int oxl_probe(int isa, int threads, oxl::Probe *args);
@@ -124,6 +126,33 @@ static void rnn(Random &random, int isa) {
     oxl_rnn_backward(isa, threads, &a);
 }
 
+static void convolution(Random &random, int isa) {
+    oxl::Convolution a = {};
+    a.batch = 1 + random.below(3), a.time = 1 + random.below(40), a.channels = 1 + random.below(70);
+    a.taps = 1 + random.below(random.below(4) ? 5 : 40), a.block = 1 + random.below(20);
+    a.blocks = (a.time + a.block - 1) / a.block, a.bfloat16 = random.below(2), a.silu = random.below(2);
+    const int64_t past = a.taps - 1, numbers = a.batch * a.time * a.channels, size = a.bfloat16 ? 2 : 4;
+    const auto tensor = [&](int64_t n) {  // any values: the first bytes of random floats
+        const Floats x = random.floats(n);
+        const char *bytes = reinterpret_cast<const char *>(x.data());
+        return std::vector<char>(bytes, bytes + n * size);
+    };
+    const auto x = tensor(numbers), dy = tensor(numbers), before = tensor(a.batch * past * a.channels);
+    const Floats weight = random.floats(a.taps * a.channels), bias = random.floats(a.channels);
+    std::vector<uint8_t> reset(a.batch * a.time);
+    for (auto &r : reset) r = random.below(4) == 0;
+    std::vector<char> y(x.size()), dx(x.size());
+    Floats d_before(a.batch * past * a.channels), d_weight(a.batch * a.blocks * a.taps * a.channels);
+    Floats d_bias(a.batch * a.blocks * a.channels);
+    a.x = x.data(), a.dy = dy.data(), a.before = before.data(), a.weight = weight.data();
+    a.x_t = a.dy_t = a.channels, a.x_b = a.dy_b = a.time * a.channels;
+    a.bias = random.below(2) ? bias.data() : nullptr, a.reset = random.below(2) ? reset.data() : nullptr;
+    a.y = y.data(), a.dx = dx.data(), a.d_before = d_before.data(), a.d_weight = d_weight.data(), a.d_bias = d_bias.data();
+    const int threads = 1 + static_cast<int>(random.below(3));
+    oxl_convolution_forward(isa, threads, &a);
+    oxl_convolution_backward(isa, threads, &a);
+}
+
 static void product(Random &random, int isa) {
     oxl::Product a = {};
     oxl::Weight &w = a.weight;
@@ -139,19 +168,34 @@ static void product(Random &random, int isa) {
     oxl_product(isa, 1 + static_cast<int>(random.below(3)), &a);
 }
 
+// A quantised matrix and its numbers, in exactly sized buffers.
+struct Quantized {
+    oxl::Weight weight = {};
+    std::vector<uint8_t> codes;
+    Floats wide;
+    std::vector<uint16_t> half;
+
+    Quantized(Random &random, int64_t rows, int64_t columns) {
+        oxl::Weight &w = weight;
+        w.rows = rows, w.columns = columns;
+        w.kind = random.below(2) ? oxl::WEIGHT_INT8 : oxl::WEIGHT_INT4, w.group = random.below(2) ? 32 : 64;
+        const int64_t padded = oxl::round_up(columns, w.group), offset = random.below(3);  // they begin anywhere in a file
+        codes.resize(offset + (w.kind == oxl::WEIGHT_INT8 ? rows * columns : rows * padded / 2));
+        for (auto &c : codes) c = static_cast<uint8_t>(random.below(256));
+        if (w.kind == oxl::WEIGHT_INT8) wide = random.floats(rows);
+        else half.resize(rows * padded / w.group);
+        for (auto &h : half) h = static_cast<uint16_t>(random.below(1 << 14));
+        w.data = codes.data() + offset;
+        w.scales = w.kind == oxl::WEIGHT_INT8 ? static_cast<const void *>(wide.data()) : half.data();
+    }
+    Quantized(const Quantized &) = delete;
+};
+
 static void quantized(Random &random, int isa) {
-    oxl::Weight w = {};
-    w.rows = 1 + random.below(70), w.columns = 1 + random.below(random.below(10) ? 200 : 5000);
-    w.kind = random.below(2) ? oxl::WEIGHT_INT8 : oxl::WEIGHT_INT4, w.group = random.below(2) ? 32 : 64;
-    const int64_t batch = 1 + random.below(20), padded = oxl::round_up(w.columns, w.group);
-    const int64_t offset = random.below(3);  // weights begin anywhere in a file
-    std::vector<uint8_t> codes(offset + (w.kind == oxl::WEIGHT_INT8 ? w.rows * w.columns : w.rows * padded / 2));
-    for (auto &c : codes) c = static_cast<uint8_t>(random.below(256));
-    const Floats wide = random.floats(w.rows);
-    std::vector<uint16_t> half(w.rows * padded / w.group);
-    for (auto &h : half) h = static_cast<uint16_t>(random.below(1 << 14));
-    w.data = codes.data() + offset;
-    w.scales = w.kind == oxl::WEIGHT_INT8 ? static_cast<const void *>(wide.data()) : half.data();
+    const int64_t rows_of = 1 + random.below(70), columns = 1 + random.below(random.below(10) ? 200 : 5000);
+    const Quantized matrix(random, rows_of, columns);
+    const oxl::Weight &w = matrix.weight;
+    const int64_t batch = 1 + random.below(20);
     Floats x = random.floats(batch * w.columns);
     if (!random.below(4)) x[random.below(static_cast<int64_t>(x.size()))] = random.below(2) ? 1e38f : 0.0f / 0.0f;
     Floats y(batch * w.rows);
@@ -170,6 +214,7 @@ struct Model {
     Random &random;
     std::deque<Floats> kept;
     std::deque<std::vector<uint16_t>> halves;
+    std::deque<Quantized> packed;
 
     float *floats(int64_t n) { return kept.emplace_back(random.floats(n)).data(); }
     const float *maybe(int64_t n) { return random.below(2) ? floats(n) : nullptr; }
@@ -180,7 +225,11 @@ struct Model {
         for (auto &h : half) h = static_cast<uint16_t>(0x3c00 + random.below(0x300) + (random.below(2) << 15));
         return w.data = half.data(), w;
     }
-    oxl::Linear linear(int64_t rows, int64_t columns) { return {weight(rows, columns), maybe(rows)}; }
+    // Gates, recurrent matrices and the embedding stay dense; the other maps may be quantised.
+    oxl::Weight any_weight(int64_t rows, int64_t columns) {
+        return random.below(2) ? weight(rows, columns) : packed.emplace_back(random, rows, columns).weight;
+    }
+    oxl::Linear linear(int64_t rows, int64_t columns) { return {any_weight(rows, columns), maybe(rows)}; }
     oxl::Norm norm(int64_t n, int32_t kind) { return {floats(n), maybe(n), 1e-5f, kind}; }
 
     oxl::Layer layer(int64_t width, int64_t heads, int64_t slots, bool half_state) {
@@ -208,7 +257,7 @@ struct Model {
         if (y.kind == oxl::LARGE) {
             y.gate_cap = random.below(2) ? 15.0f : 0.0f;
             y.q = linear(heads * y.dk, width), y.k = linear(heads * y.dk, width), y.v = linear(channels, width);
-            y.o = linear(channels, width), y.i = linear(heads, width), y.f = linear(heads, width);
+            y.o = linear(channels, width), y.i = {weight(heads, width), maybe(heads)}, y.f = {weight(heads, width), maybe(heads)};
         } else if (y.kind == oxl::MLSTM_BLOCK) {
             y.up = linear(channels, width), y.z = linear(channels, width), y.skip = floats(channels);
             y.i = {weight(heads, 3 * channels), floats(heads)}, y.f = {weight(heads, 3 * channels), floats(heads)};
@@ -225,7 +274,7 @@ struct Model {
 };
 
 static void decode(Random &random, int isa) {
-    Model model{random, {}, {}};
+    Model model{random, {}, {}, {}};
     const int64_t heads = 1 + random.below(3), width = heads * (1 + random.below(50)), slots = 8, vocabulary = 1 + random.below(300);
     const bool half_state = random.below(2);
     std::vector<oxl::Layer> layers(random.below(4));
@@ -261,6 +310,7 @@ static void fuzz(unsigned seed, int rounds) {
             step(random, isa);
             mlstm(random, isa);
             rnn(random, isa);
+            convolution(random, isa);
             product(random, isa);
             quantized(random, isa);
             decode(random, isa);

@@ -75,6 +75,24 @@ struct Rnn {
     int32_t follow_m;
 };
 
+// The depthwise causal convolution. Task row * blocks + b computes positions [b, b + 1) * block of one row of the batch.
+// x, y, before and their gradients dy and dx are float32 or bfloat16 as the call says.
+struct Convolution {
+    int64_t batch, time, channels, taps, block, blocks;
+    int32_t bfloat16, silu;
+    const void *x;  // (B, T, E), last stride 1
+    int64_t x_b, x_t;
+    const void *before;           // (B, K - 1, E), the inputs before the first
+    const float *weight, *bias;   // (K, E); (E) or null
+    const uint8_t *reset;         // (B, T) or null
+    void *y;                      // (B, T, E)
+    // backward only
+    const void *dy;  // (B, T, E), last stride 1
+    int64_t dy_b, dy_t;
+    void *dx;                             // (B, T, E)
+    float *d_before, *d_weight, *d_bias;  // (B, K - 1, E); every task's share, (B * blocks, K, E) and (B * blocks, E)
+};
+
 // How the numbers of a weight matrix are kept.
 enum WeightKind : int32_t { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2, WEIGHT_INT4 = 3 };
 
@@ -131,6 +149,8 @@ struct Kernels {
     void (*pack)(const float *matrix, int64_t rows, int64_t columns, bool transpose, float *packed);
     void (*rnn_forward)(const Rnn &, int64_t task, float *scratch);
     void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);
+    void (*convolution_forward)(const Convolution &, int64_t task, float *scratch);
+    void (*convolution_backward)(const Convolution &, int64_t task, float *scratch);
     void (*product)(const Product &, int64_t task, float *scratch);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);

@@ -173,6 +173,15 @@ OXL_EXPORT int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args) {
     return run_rnn(*args, *TABLE[isa], threads, true);
 }
 
+OXL_EXPORT int oxl_convolution_forward(int isa, int threads, oxl::Convolution *args) {
+    return run(*args, TABLE[isa]->convolution_forward, args->batch * args->blocks, threads, 0);
+}
+
+OXL_EXPORT int oxl_convolution_backward(int isa, int threads, oxl::Convolution *args) {
+    const int64_t ring = args->taps * args->channels + oxl::round_up(2 * args->taps, 16);
+    return run(*args, TABLE[isa]->convolution_backward, args->batch * args->blocks, threads, ring);
+}
+
 OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
     oxl::Product a = *args;
     const int64_t tasks = 8 * static_cast<int64_t>(threads < 1 ? 1 : threads);  // several each: some cores are slower

@@ -23,3 +23,12 @@ def check_backend(operator: str, backend: str) -> None:
 def step_backend(operator: str, backend: str) -> str:
     """What ``backend`` means for the step ``operator``: itself, or ``"auto"`` where it has none such."""
     return backend if any(b.name == backend for b in dispatch.backends(operator)) else "auto"
+
+
+def companion_backend(backend: str) -> str:
+    """What the ``backend`` of a layer's main operator means for the smaller ones beside it.
+
+    Compiled kernels where those may be chosen; plain PyTorch, which has any number of derivatives, where
+    something else was asked for.
+    """
+    return backend if backend in ("auto", "native") else "portable"

@@ -23,6 +23,7 @@ class CausalConv1d(nn.Module):
         embedding_dim: number of channels E.
         kernel_size: taps K, including the current input.
         bias: add a bias per channel.
+        backend: of :func:`openxlstm.ops.causal_convolution`.
 
     Raises:
         ValueError: negative kernel size.
@@ -30,7 +31,9 @@ class CausalConv1d(nn.Module):
 
     conv: nn.Conv1d | None
 
-    def __init__(self, embedding_dim: int, kernel_size: int = 4, bias: bool = True) -> None:
+    def __init__(
+        self, embedding_dim: int, kernel_size: int = 4, bias: bool = True, backend: str = "auto"
+    ) -> None:
         super().__init__()
         if kernel_size < 0:
             raise ValueError(
@@ -39,6 +42,7 @@ class CausalConv1d(nn.Module):
             )
         self.embedding_dim = embedding_dim
         self.kernel_size = kernel_size
+        self.backend = backend
         # Only the parameters of this module are used: `conv.weight` (E, 1, K) and `conv.bias` (E).
         self.conv = (
             nn.Conv1d(embedding_dim, embedding_dim, kernel_size, groups=embedding_dim, bias=bias)
@@ -76,7 +80,17 @@ class CausalConv1d(nn.Module):
         if self.conv is None:
             return x, at_least_float32(x.new_zeros(x.shape[0], 0, x.shape[2]))
         weight, bias = self.conv.weight[:, 0], self.conv.bias
-        return causal_convolution(x, weight, bias, state=state, return_state=True, reset=reset, silu=silu)
+        y, state = causal_convolution(
+            x,
+            weight,
+            bias,
+            state=state,
+            return_state=True,
+            reset=reset,
+            silu=silu,
+            backend=self.backend,
+        )
+        return y, state
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """PyTorch's default for this convolution: U(-1/sqrt(K), 1/sqrt(K)) for weight and bias."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from openxlstm.layers.backends import check_backend, step_backend
+from openxlstm.layers.backends import check_backend, companion_backend, step_backend
 from openxlstm.layers.causal_conv import CausalConv1d
 from openxlstm.layers.feedforward import check_projection, projected_dim
 from openxlstm.layers.initialization import linspace_, small_init_, wang_init_, zero_
@@ -55,7 +55,8 @@ class mLSTMLayerConfig:
     """The inner width is a multiple of this."""
     ops_backend: str = "auto"
     """Backend of the mLSTM operator (``openxlstm.ops.mlstm``), not a published field. ``step`` uses the one
-    of this name too; where only whole sequences have it ("chunkwise", "parallel"), it is "auto"."""
+    of this name too; where only whole sequences have it ("chunkwise", "parallel"), it is "auto". The
+    convolution has compiled kernels with "auto" and "native" only."""
 
     def __post_init__(self) -> None:
         check_projection(self.proj_factor, self.round_proj_up_to_multiple_of)
@@ -154,7 +155,9 @@ class mLSTMLayer(nn.Module):
         self.q_proj = LinearHeadwise(inner, blocks, bias=config.bias)
         self.k_proj = LinearHeadwise(inner, blocks, bias=config.bias)
         self.v_proj = LinearHeadwise(inner, blocks, bias=config.bias)
-        self.conv1d = CausalConv1d(inner, config.conv1d_kernel_size)
+        self.conv1d = CausalConv1d(
+            inner, config.conv1d_kernel_size, backend=companion_backend(config.ops_backend)
+        )
         self.mlstm_cell = mLSTMCell(config)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
         self.proj_down = Linear(inner, width, bias=config.bias)

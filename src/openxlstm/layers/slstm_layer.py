@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from openxlstm.layers.backends import check_backend, step_backend
+from openxlstm.layers.backends import check_backend, companion_backend, step_backend
 from openxlstm.layers.causal_conv import CausalConv1d
 from openxlstm.layers.initialization import linspace_, powerlaw_forget_bias, uniform_, zero_
 from openxlstm.layers.linear import LinearHeadwise
@@ -70,7 +70,8 @@ class sLSTMLayerConfig:
     """Dropout on the cell's output, before the norm; the stack fills it in."""
     ops_backend: str = "auto"
     """Backend of the recurrent operator (``openxlstm.ops.rnn``), not a published field. ``step`` uses the one
-    of this name too; where only whole sequences have it ("scan", "native"), it is "auto"."""
+    of this name too; where only whole sequences have it ("scan", "native"), it is "auto". The
+    convolution has compiled kernels with "auto" and "native" only."""
 
     def __post_init__(self) -> None:
         for name in ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval"):
@@ -220,7 +221,9 @@ class sLSTMLayer(nn.Module):
             )
         self.config = config
         self.block_index, self.num_blocks = block_index, num_blocks
-        self.conv1d = CausalConv1d(width, config.conv1d_kernel_size)
+        self.conv1d = CausalConv1d(
+            width, config.conv1d_kernel_size, backend=companion_backend(config.ops_backend)
+        )
         self.fgate = LinearHeadwise(width, config.num_heads)
         self.igate = LinearHeadwise(width, config.num_heads)
         self.zgate = LinearHeadwise(width, config.num_heads)

@@ -79,14 +79,17 @@ def causal_convolution(
 def _last_inputs(x: Tensor, before: Tensor, reset: Tensor | None) -> Tensor:
     """The state after ``x``: the last K - 1 inputs of the last document, zeros for those before it."""
     past, time = before.shape[1], x.shape[1]
-    kept = min(past, time)
-    last = torch.cat([before[:, kept:], x[:, time - kept :]], dim=1)  # (B, K - 1, E)
-    if reset is not None and kept:
-        later = reset[:, time - kept :].flip(1).cumsum(1).flip(1)  # resets from each position on
-        later = torch.cat([later[:, :1].expand(-1, past - kept), later], dim=1)
-        starts = torch.cat([reset.new_zeros(reset.shape[0], past - kept), reset[:, time - kept :]], dim=1)
-        last = torch.where((later == starts)[..., None], last, 0)
-    return last if x.dtype == torch.float64 else last.float()
+    last = before
+    if time > 0 and past > 0:
+        position = torch.arange(time - past, time, device=x.device)  # (K - 1), negative: in `before`
+        inside = position.clamp_min(0)
+        earlier = (position + past).clamp_max(past - 1)
+        last = torch.where((position < 0)[:, None], before[:, earlier], x[:, inside])
+        if reset is not None:
+            document = reset.long().cumsum(1)  # (B, T)
+            same = torch.where(position < 0, 0, document[:, inside]) == document[:, -1:]
+            last = torch.where(same[..., None], last, 0)
+    return last.clone() if x.dtype == torch.float64 else last.to(torch.float32, copy=True)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> None:

@@ -4,7 +4,7 @@ A benchmark is a list of :class:`Variant`. Rounds run every variant once, in tur
 disturbs all alike; the figure is the ratio of medians. Peak memory comes from a fresh process per variant:
 resident high-water mark during the second call, minus what was resident before it (inputs and libraries; the
 first call loads code that stays). The matrix rate of the machine is measured in the same run, as the bound
-beside the figure.
+beside the figure, and what other programs take of the processors meanwhile: if that is much, a note says so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import openxlstm
+from openxlstm.inference.measurement import BUSY, OtherLoad
 
 RESULTS = Path(__file__).parent / "results"
 LARGE_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -98,11 +101,13 @@ def run(
     for label, variants in groups.items():
         calls = {v.name: v.prepare() for v in variants}
         times: dict[str, list[float]] = {v.name: [] for v in variants}
+        load = OtherLoad()
         for _ in range(arguments.repeats + 1):
             for variant in variants:
                 start = time.perf_counter()
                 calls[variant.name]()
                 times[variant.name].append(time.perf_counter() - start)
+        others = load.cores()
         del calls
         rows = {}
         for variant in variants:
@@ -114,7 +119,7 @@ def run(
                 "gflops": None if variant.flops is None else variant.flops / statistics.median(t) / 1e9,
                 "peak_bytes": None if arguments.no_memory else _memory_in_process(label, variant.name),
             }
-        report["groups"][label] = {"variants": rows, **_ratios(rows, peer, ours)}
+        report["groups"][label] = {"variants": rows, **_ratios(rows, peer, ours), **disturbance(others)}
         _print_group(label, report["groups"][label], rates["float32"])
     today = datetime.date.today().isoformat()
     output = arguments.output or RESULTS / f"{today}-{name}-{arguments.allocator}.json"
@@ -124,10 +129,23 @@ def run(
     return report
 
 
+def disturbance(others: float | None) -> dict[str, Any]:
+    """What a report says about other programs' use of the processors, in cores (None: unknown)."""
+    return {"cores_used_by_others": others, "disturbed": (others or 0.0) > BUSY}
+
+
+def warn(label: str, measured: dict[str, Any]) -> None:
+    """Say so if ``measured``, with :func:`disturbance` in it, comes from a busy machine."""
+    if measured["disturbed"]:
+        cores = f"{measured['cores_used_by_others']:.1f} cores"
+        print(f"note: the machine is busy: others used {cores} during {label}; measure again later")
+
+
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions and command behind a result."""
-    versions = {}
-    for package in ("openxlstm", "torch", "triton", "mlstm_kernels", "xlstm", "transformers", "numpy"):
+    versions = {"openxlstm": openxlstm.__version__}
+    peers = ("mlstm_kernels", "xlstm", "transformers", "llama-cpp-python")
+    for package in ("torch", "triton", "numpy", *peers):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -182,6 +200,7 @@ def _print_group(label: str, group: dict[str, Any], matrix_rate: float) -> None:
             f"  {group['fastest_ours']} is {group['speed_ratio']:.2f}x as fast as "
             f"{group['fastest_peer']}{memory}"
         )
+    warn(label, group)
 
 
 def _memory_in_process(group: str, variant: str) -> int | None:

@@ -25,14 +25,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "PROBE_BYTES", 1 << 20)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_random_weights(cli: Callable, dtype: str) -> None:
     options = ("--random-weights", "--dtype", dtype, "--seconds", "0.05", "--batch", "3", "--context", "20")
-    code, out, _ = cli("bench", "--model", "xlstm-160m", *options)
+    code, out, _ = cli("bench", "xlstm-160m", *options)
     assert code == 0
     assert f"xlstm-160m, {dtype}, batch 3, after 20 tokens" in out
     assert "of the bound, median of" in out
-    report = json.loads(cli("bench", "--model", "xlstm-160m", *options, "--json").out)
+    report = json.loads(cli("bench", "xlstm-160m", *options, "--json").out)
     assert report["tokens_per_second"] == pytest.approx(3 / report["step_seconds"])
     assert report["bound_tokens_per_second"] > 0
 
@@ -47,7 +47,13 @@ def test_checkpoint(cli: Callable, tmp_path: Path) -> None:
     }
     save_pretrained(build_model(values), tmp_path / "model")
     for extra in ((), ("--dtype", "int8"), ("--dtype", "bf16", "--state-dtype", "bf16")):
-        assert cli("bench", "--model", tmp_path / "model", "--seconds", "0.05", *extra).code == 0
+        assert cli("bench", tmp_path / "model", "--seconds", "0.05", *extra).code == 0
+
+
+def test_other_spellings(cli: Callable) -> None:
+    for model in (("--model", "xlstm-160m"), ("--model=xlstm-160m",), ("xlstm-160m",)):
+        out = cli("bench", *model, "--random-weights", "--dtype", "bf16", "--seconds", "0.05").out
+        assert "xlstm-160m, bfloat16, batch 1" in out
 
 
 def test_bytes_of_a_step() -> None:
@@ -64,7 +70,7 @@ def test_bytes_of_a_step() -> None:
 def test_a_busy_machine_is_noticed(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(((0.0, 0.0), (100.0, 1.0)))
     monkeypatch.setattr(measurement, "cpu_seconds", lambda: next(seconds))
-    out = cli("bench", "--model", "xlstm-160m", "--random-weights", "--seconds", "0.05").out
+    out = cli("bench", "xlstm-160m", "--random-weights", "--seconds", "0.05").out
     assert "the machine is busy" in out
 
 
@@ -74,11 +80,14 @@ def test_what_it_refuses(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None
         assert code == 2
         return err
 
-    assert "add --random-weights" in mistake("--model", "xlstm-160m")
-    assert "no published size 'xlstm-7' for" in mistake("--model", "xlstm-7", "--random-weights")
-    assert "--batch must be positive, got 0" in mistake("--model", "xlstm-160m", "--batch", "0")
-    assert "--context must not be negative" in mistake("--model", "xlstm-160m", "--context", "-1")
+    assert "add --random-weights" in mistake("xlstm-160m")
+    assert "no published size 'xlstm-7' for" in mistake("xlstm-7", "--random-weights")
+    assert "--batch must be positive, got 0" in mistake("xlstm-160m", "--batch", "0")
+    assert "--context must not be negative" in mistake("xlstm-160m", "--context", "-1")
+    wrong = mistake("xlstm-160m", "--dtype", "float16")
+    assert "--dtype must be one of float32, bfloat16, int8, int4, got 'float16'" in wrong
+    assert "--state-dtype must be one of float32, bfloat16" in mistake("xlstm-160m", "--state-dtype", "int8")
     monkeypatch.setattr(bench, "available_memory", lambda: 1 << 20)
-    err = mistake("--model", "xlstm-7b", "--random-weights", "--dtype", "int4")
+    err = mistake("xlstm-7b", "--random-weights", "--dtype", "int4")
     assert "xlstm-7b in int4 with 1 sequences needs" in err
     assert "choose a smaller type" in err

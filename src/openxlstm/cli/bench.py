@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import nn
+from tyro.conf import Positional, arg
 
 from openxlstm.checkpoint import load_pretrained
 from openxlstm.cli.options import parse
@@ -20,12 +21,13 @@ from openxlstm.inference.measurement import DecodeSpeed, available_memory, measu
 from openxlstm.inference.runner import ModelRunner
 from openxlstm.layers.quantized import Quantization, QuantizedLinear, quantize_model
 from openxlstm.models import state_bytes, xLSTMLarge, xLSTMLargeConfig
+from openxlstm.runtime import DTYPES
 
 EXAMPLES = """\
-  openxlstm bench --model xlstm-160m --random-weights --dtype bf16
-  openxlstm bench --model xlstm-160m --random-weights --dtype int8 --batch 8
-  openxlstm bench --model xlstm-7b --random-weights --dtype int4
-  openxlstm bench --model runs/demo/model --context 2048"""
+  openxlstm bench xlstm-160m --random-weights --dtype bfloat16
+  openxlstm bench xlstm-160m --random-weights --dtype int8 --batch 8
+  openxlstm bench xlstm-7b --random-weights --dtype int4
+  openxlstm bench runs/demo/model --context 2048"""
 
 SIZES = {
     "xlstm-160m": xLSTMLargeConfig(
@@ -37,6 +39,7 @@ SIZES = {
 """Published sizes for ``--random-weights``."""
 
 BITS = {"int8": 8, "int4": 4}
+FLOATS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ class BenchOptions:
     Steps of the decode engine alternate with reads of a large array; the share of the bound compares the two.
     """
 
-    model: str
-    """Checkpoint directory or hub id; with --random-weights a size: xlstm-160m, xlstm-400m, xlstm-7b."""
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Checkpoint directory or hub id; with --random-weights a size: xlstm-160m, xlstm-400m, xlstm-7b.
+    May also be given as --model MODEL."""
     random_weights: bool = False
     """Measure a published size with random weights; speed does not depend on their values."""
-    dtype: Literal["float32", "bf16", "int8", "int4"] | None = None
-    """Type of the weights; as stored unless given (bf16 for random weights)."""
-    state_dtype: Literal["float32", "bf16"] = "float32"
-    """Type of the matrix memories between tokens."""
+    dtype: str | None = None
+    """Type of the weights: float32, bfloat16, int8 or int4; as stored unless given, bfloat16 if random."""
+    state_dtype: str = "float32"
+    """Type of the matrix memories between tokens: float32 or bfloat16."""
     batch: int = 1
     """Sequences that step together."""
     context: int = 0
@@ -68,7 +72,11 @@ class BenchOptions:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command."""
-    options = parse(BenchOptions, arguments, command="bench", examples=EXAMPLES)
+    words = [word.removeprefix("--model=") for word in arguments if word != "--model"]
+    options = parse(BenchOptions, words, command="bench", examples=EXAMPLES)
+    dtype = None if options.dtype is None else _type_name("--dtype", options.dtype, (*FLOATS, *BITS))
+    state_dtype = _type_name("--state-dtype", options.state_dtype, FLOATS)
+    options = dataclasses.replace(options, dtype=dtype, state_dtype=state_dtype)
     for name in ("batch", "seconds", "threads"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
@@ -78,11 +86,10 @@ def run(arguments: Sequence[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.random_weights:
-        model = random_model(options.model, options.dtype or "bf16", options.batch)
+        model = random_model(options.model, options.dtype or "bfloat16", options.batch)
     else:
         model = _stored_model(options)
-    state_dtype = torch.bfloat16 if options.state_dtype == "bf16" else torch.float32
-    engine = DecodeEngine(model, state_dtype=state_dtype)
+    engine = DecodeEngine(model, state_dtype=DTYPES[options.state_dtype])
     state, read_rate = None, None
     if options.context:
         state, read_rate = _read(model, options.context)
@@ -92,8 +99,23 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _type_name(option: str, name: str, choices: Sequence[str]) -> str:
+    """The name of a type as tables have it: "bfloat16" of "bf16", for instance."""
+    full = str(DTYPES[name]).removeprefix("torch.") if name in DTYPES else name
+    if full not in choices:
+        raise ValueError(
+            f"{option} must be one of {', '.join(choices)}, got '{name}'.{nearest_name(name, choices)}"
+        )
+    return full
+
+
 def random_model(name: str, dtype: str, batch: int = 1) -> xLSTMLarge:
-    """A published size with random weights of ``dtype``.
+    """A published size with random weights.
+
+    Args:
+        name: of :data:`SIZES`.
+        dtype: "float32", "bfloat16", "int8" or "int4".
+        batch: sequences that memory is needed for.
 
     Raises:
         ValueError: an unknown size, or not enough memory for it.
@@ -105,7 +127,7 @@ def random_model(name: str, dtype: str, batch: int = 1) -> xLSTMLarge:
         )
     config = SIZES[name]
     with torch.device("meta"):
-        model = xLSTMLarge(config).to(torch.float32 if dtype == "float32" else torch.bfloat16)
+        model = xLSTMLarge(config).to(DTYPES.get(dtype, torch.bfloat16))
         if dtype in BITS:
             quantize_model(model, Quantization(bits=BITS[dtype]), weights=False)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -144,7 +166,7 @@ def _fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
 def _stored_model(options: BenchOptions) -> nn.Module:
     if options.model in SIZES:
         raise ValueError(f"'{options.model}' is the name of a size: add --random-weights to measure it")
-    plain = {"float32": "float32", "bf16": "bfloat16"}.get(options.dtype or "")
+    plain = options.dtype if options.dtype in FLOATS else None
     model, _ = load_pretrained(options.model, dtype=plain, device="cpu")
     if options.dtype in BITS:
         quantize_model(model, Quantization(bits=BITS[options.dtype]))
@@ -163,7 +185,7 @@ def _read(model: nn.Module, context: int) -> tuple[Any, float]:
 
 
 def _report(options: BenchOptions, model: nn.Module, speed: DecodeSpeed, read_rate: float | None) -> None:
-    kind = options.dtype or ("bf16" if options.random_weights else "as stored")
+    kind = options.dtype or ("bfloat16" if options.random_weights else "as stored")
     if options.json:
         facts = dataclasses.asdict(options) | dataclasses.asdict(speed)
         facts |= {"dtype": kind, "prefill_tokens_per_second": read_rate, "threads": torch.get_num_threads()}

@@ -84,23 +84,20 @@ def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -
     generator = torch.Generator().manual_seed(0)
     steps: list[float] = []
     rates: list[float] = []
-    begin = before = None
-    while begin is None or len(steps) < 10 or time.perf_counter() - begin < seconds:
+    load, begin = None, time.perf_counter()
+    while load is None or len(steps) < 10 or time.perf_counter() - begin < seconds:
         tokens = torch.randint(engine.vocab_size, (batch,), generator=generator).tolist()
         start = time.perf_counter()
         read_memory(probe)
         middle = time.perf_counter()
         engine.step(tokens, held, reuse=True)
         end = time.perf_counter()
-        if before is None:  # the first round wakes threads and maps pages
-            before, begin = cpu_seconds(), time.perf_counter()
+        if load is None:  # the first round wakes threads and maps pages
+            load, begin = OtherLoad(), time.perf_counter()
             continue
         rates.append(PROBE_BYTES / (middle - start))
         steps.append(end - middle)
-    elapsed, after = time.perf_counter() - begin, cpu_seconds()
-    others = None
-    if before is not None and after is not None:
-        others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / elapsed
+    others = load.cores()
     step, bandwidth = statistics.median(steps), statistics.median(rates)
     return DecodeSpeed(
         tokens_per_second=batch / step,
@@ -114,16 +111,33 @@ def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -
     )
 
 
+class OtherLoad:
+    """What other processes take of the processors from now on: why a measurement may be too low."""
+
+    def __init__(self) -> None:
+        self._begin, self._before = time.perf_counter(), cpu_seconds()
+
+    def cores(self) -> float | None:
+        """Cores that others have used on average; this process and its ended children are not others.
+
+        None where the system does not say.
+        """
+        elapsed, after = time.perf_counter() - self._begin, cpu_seconds()
+        if self._before is None or after is None:
+            return None
+        busy, own = after[0] - self._before[0], after[1] - self._before[1]
+        return max(0.0, busy - own) / elapsed
+
+
 def cpu_seconds() -> tuple[float, float] | None:
-    """Seconds that all processes, and this one, have spent on the processors."""
+    """Seconds that all processes, and this one with its ended children, have spent on the processors."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
         return None
     user, nice, system, _, _, interrupts, soft, stolen = (int(field) for field in fields[:8])
     busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return busy, own.user + own.system
+    return busy, sum(os.times()[:4])
 
 
 def available_memory() -> int | None:

@@ -1,0 +1,44 @@
+"""Shapes of the Transformers that stand beside our sizes: as many parameters, within 1.2 percent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VOCABULARY = 50304
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A Llama with as many key heads as query heads, an untied head, and a vocabulary of 50,304."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers that a decoded token reads: all but the embedding and the norms."""
+        return self.layers * (4 * self.width**2 + 3 * self.width * self.hidden) + self.width * VOCABULARY
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.weights + self.width * VOCABULARY + (2 * self.layers + 1) * self.width
+
+    @property
+    def cache_numbers(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.width
+
+    def flops(self, tokens: int) -> float:
+        """Useful operations of reading a prompt: products, causal attention, the head once."""
+        head = self.width * VOCABULARY
+        products = 2.0 * (tokens * (self.weights - head) + head)
+        return products + 2.0 * self.layers * self.width * tokens * (tokens + 1)
+
+
+LLAMAS = {
+    "xlstm-160m": Llama(width=768, layers=12, heads=12, hidden=2048),
+    "xlstm-400m": Llama(width=1024, layers=24, heads=16, hidden=2752),
+}

@@ -130,7 +130,8 @@ class Task(abc.ABC):
         # making the strings
         both = np.empty((2, *tokens.shape), dtype=np.int64)
         both[0], both[1] = tokens, targets
-        return TaskBatch(*torch.from_numpy(both).unbind(), torch.from_numpy(chosen))
+        shared = torch.from_numpy(both)
+        return TaskBatch(shared[0], shared[1], torch.from_numpy(chosen))
 
     def check_protocol(self, protocol: str | None) -> str:
         """``protocol``, or the usual one for None.

@@ -45,7 +45,7 @@ lint: .venv/.installed
 	@.venv/bin/lint-imports
 
 bench: .venv-bench/.installed
-	@for benchmark in "mlstm_cpu --dtype float32" slstm_cpu "train_step_cpu --dtype float32"; do \
+	@for benchmark in "mlstm_cpu --dtype float32" slstm_cpu "slstm_cpu --cell lstm" "train_step_cpu --dtype float32"; do \
 	  echo "== $$benchmark"; set -- $$benchmark; name=$$1; shift; \
 	  .venv-bench/bin/python benchmarks/$$name.py $$* || exit 1; done
 

@@ -131,7 +131,9 @@ def operators() -> dict[str, Any]:
     folder, failed = Path(__file__).parent, []
     commands = [["mlstm_cpu.py", "--dtype", dtype] for dtype in ("bfloat16", "float32")]
     commands += [[*c, "--allocator", "large-threshold", "--no-memory"] for c in commands]
-    for script, *options in [*commands, ["slstm_cpu.py"]]:
+    commands += [["slstm_cpu.py"], ["slstm_cpu.py", "--cell", "lstm"]]
+    commands += [[*c, "--shape", "large", "--no-memory"] for c in commands[-2:]]
+    for script, *options in commands:
         command = [sys.executable, str(folder / script), "--repeats", "5", *options]
         if subprocess.run(command, check=False).returncode:
             failed.append(" ".join([script, *options]))

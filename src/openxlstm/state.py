@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +33,20 @@ class mLSTMState(NamedTuple):
     """Normaliser, (B, H, DK)."""
     m: Tensor
     """Stabiliser (log scale), (B, H)."""
+
+
+@dataclass(frozen=True)
+class mLSTMSlots:
+    """States of an mLSTM that advance in place, in slots; what :func:`openxlstm.ops.mlstm_step` takes and
+    gives back where the memory must not move. As a tree of tensors it is its slots."""
+
+    memory: mLSTMState
+    """The states of S slots, contiguous."""
+    slots: Tensor
+    """int32 (B,): the slot of each row, negative for rows to leave alone."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.slots
 
 
 class sLSTMState(NamedTuple):

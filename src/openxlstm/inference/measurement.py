@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from openxlstm.inference.engine import HeldState
+from openxlstm.inference.slots import HeldState
 from openxlstm.ops.products import read_memory
 from openxlstm.state import leaves
 

@@ -3,7 +3,7 @@
 A recurrent model reads a prompt of any length with the memory of one piece: each piece goes through the
 parallel (chunkwise) form and hands its state to the next. After that every token costs the same time and
 memory, however long the text has become. All but the last token of a prompt are read this way; the last one
-is the first decode step. On CPUs the native decode engine takes those steps.
+is the first decode step. On CPUs the native decode engine takes those steps, on GPUs a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from openxlstm.config import nearest_name
-from openxlstm.inference.engine import DecodeEngine, HeldState, fingerprint, why_not
+from openxlstm.inference import engine, graph_engine
+from openxlstm.inference.slots import HeldState, SlotEngine, evaluating, fingerprint
 from openxlstm.ops.native import loader
 from openxlstm.state import ModelState
 
@@ -34,8 +35,8 @@ class ModelRunner:
         model: a language model (``vocab_size``, ``read``, ``step``, ``initial_state``). Its training flags
             are restored after every call.
         prefill_chunk: tokens of a prompt that are read at once; bounds the memory of a long prompt.
-        decode: what writes tokens: ``"engine"``, the native decode engine of CPUs; ``"model"``, the model's
-            own step; ``"auto"``, the engine where it can.
+        decode: what writes tokens: ``"engine"``, the native decode engine of CPUs or the CUDA graphs of
+            GPUs; ``"model"``, the model's own step; ``"auto"``, the engine where it can.
 
     Raises:
         ValueError: ``model`` is not a language model, ``prefill_chunk`` is not positive, or ``decode`` is
@@ -57,8 +58,8 @@ class ModelRunner:
         self.model: Any = model
         self.prefill_chunk = prefill_chunk
         self.decode = decode
-        self._engine: DecodeEngine | None = None
-        if decode == "engine" and (reason := why_not(model)) is not None:
+        self._engine: SlotEngine | None = None
+        if decode == "engine" and (reason := self._why_not()) is not None:
             raise ValueError(f"the decode engine cannot run this model: {reason}")
 
     @property
@@ -71,17 +72,8 @@ class ModelRunner:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            with torch.inference_mode():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return evaluating(self.model)
 
     def initial_state(self) -> ModelState:
         """The state before any token, batch of 1."""
@@ -99,15 +91,21 @@ class ModelRunner:
             batch = torch.tensor([list(tokens)], dtype=torch.long, device=self.device)
             return self.model.read(batch, state)
 
+    def _why_not(self) -> str | None:
+        kind = graph_engine if self.device.type == "cuda" else engine
+        return kind.why_not(self.model)
+
     def engine_refused(self) -> str | None:
         """Why tokens are written by the model's own step; None if the decode engine writes them."""
-        return "decode='model' was asked for" if self.decode == "model" else why_not(self.model)
+        return "decode='model' was asked for" if self.decode == "model" else self._why_not()
 
     def explain(self) -> str:
         """One line: what writes tokens, and why."""
         reason = self.engine_refused()
         if reason is not None:
             return f"decoding with the model's own steps in PyTorch: {reason}"
+        if self.device.type == "cuda":
+            return "decoding with CUDA graphs, one per batch size"
         status = loader.status()
         return f"decoding with the native engine: {status.isa}, {status.threads} threads"
 
@@ -116,7 +114,8 @@ class ModelRunner:
         if self.engine_refused() is not None:
             return self.release(state)
         if self._engine is None or self._engine.fingerprint != fingerprint(self.model):
-            self._engine = DecodeEngine(self.model)
+            kind = graph_engine.GraphEngine if self.device.type == "cuda" else engine.DecodeEngine
+            self._engine = kind(self.model)
         if isinstance(state, HeldState) and state.engine is self._engine:
             return state
         return self._engine.open(self.release(state))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from openxlstm.state import KVCache, ModelState, leaves
+from openxlstm.state import KVCache, ModelState, leaves, mLSTMSlots
 
 
 class LanguageModel(nn.Module, abc.ABC):
@@ -61,7 +61,8 @@ class LanguageModel(nn.Module, abc.ABC):
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse anything but integer tokens (B, T) in [0, vocab_size). While compiling, ids are not checked.
+    """Refuse anything but integer tokens (B, T) in [0, vocab_size). While compiling
+    or capturing a CUDA graph, ids are not checked.
 
     Raises:
         ValueError: wrong shape, dtype, or a token id out of range.
@@ -71,6 +72,8 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
             f"tokens must be integers of shape (batch, time), got {tokens.dtype} {tuple(tokens.shape)}"
         )
     if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel():
+        return
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     low, high = (int(bound) for bound in torch.aminmax(tokens))
     if low < 0 or high >= vocab_size:
@@ -95,6 +98,8 @@ def check_step_input(x: Tensor) -> None:
 
 def state_layout(state: Any) -> tuple[Any, ...]:
     """What states of one model have in common: ``(node type, children...)`` down to the shapes of one row."""
+    if isinstance(state, mLSTMSlots):
+        state = state.memory
     if isinstance(state, Tensor):
         return tuple(state.shape[1:])
     if isinstance(state, KVCache):  # its length is no property of the model

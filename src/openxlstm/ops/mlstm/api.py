@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +10,12 @@ from torch import Tensor
 from openxlstm.ops import dispatch
 from openxlstm.ops.gpu import support
 from openxlstm.ops.mlstm import chunkwise, native, native_chunkwise, reference, triton_backend, triton_decode
+from openxlstm.ops.mlstm.advance import mlstm_advance
 from openxlstm.ops.mlstm.checks import InputGate, check_options, check_sequence, check_state
 from openxlstm.ops.packing import check_boundaries, length_groups, reset_from_cu_seqlens
-from openxlstm.state import mLSTMState
+from openxlstm.state import mLSTMSlots, mLSTMState
+
+StateT = TypeVar("StateT", mLSTMState, mLSTMSlots)
 
 dispatch.register(
     "mlstm",
@@ -204,18 +207,19 @@ def mlstm_step(
     v: Tensor,
     i: Tensor,
     f: Tensor,
-    state: mLSTMState,
+    state: StateT,
     *,
     input_gate: InputGate = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
     backend: str = "auto",
-) -> tuple[Tensor, mLSTMState]:
+) -> tuple[Tensor, StateT]:
     """One token of the mLSTM, in constant time and memory.
 
     Args:
         q, k: (B, H, DK). v: (B, H, DV). i, f: (B, H).
-        state: memory before this token; it is not changed.
+        state: memory before this token; it is not changed. An :class:`mLSTMSlots` advances in place, see
+            :func:`mlstm_advance`, and is returned as it is.
         input_gate, normalize, eps, backend: as for :func:`mlstm`.
 
     Returns:
@@ -229,6 +233,13 @@ def mlstm_step(
     one_q, one_k, one_v, one_i, one_f = (x.unsqueeze(1) for x in (q, k, v, i, f))
     check_sequence(one_q, one_k, one_v, one_i, one_f, None)
     check_options(input_gate, normalize)
+    if isinstance(state, mLSTMSlots):
+        known = backend if any(b.name == backend for b in dispatch.backends("mlstm_advance")) else "auto"
+        h = mlstm_advance(
+            one_q, one_k, one_v, one_i, one_f, state.memory, slots=state.slots, input_gate=input_gate,
+            normalize=normalize, eps=eps, backend=known,
+        )  # fmt: skip
+        return h.squeeze(1), state
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype, q.device)
     tensors = (q, k, v, i, f, *state)
@@ -237,7 +248,7 @@ def mlstm_step(
     request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad, "head_dim": head_dim})
     run = dispatch.resolve("mlstm_step", backend, request).implementation
     h, *new = run(q, k, v, i, f, *state, sigmoid=input_gate == "sigmoid", normalize=normalize, eps=eps)
-    return h, mLSTMState(*new)
+    return h, mLSTMState(*new)  # pyright: ignore[reportReturnType]
 
 
 def _run_documents(

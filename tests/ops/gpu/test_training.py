@@ -1,7 +1,7 @@
 """The Triton operators inside PyTorch's training tools: autocast, checkpointing, compilation, FSDP2.
 
-A small model of both cells with the backend ``triton`` (on a GPU, or in the interpreter) against the same model
-with portable backends; and three runs, which must give the same bits.
+A small model of both cells with the backend ``triton`` (on a GPU, or in the interpreter) against the same
+model with portable backends; and three runs, which must give the same bits.
 """
 
 from __future__ import annotations

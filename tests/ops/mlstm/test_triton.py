@@ -155,6 +155,27 @@ def test_half_precision_beats_the_plain_formula(dtype, device, rel_error):
             assert rel_error(actual[1][name], wanted) <= rel_error(grad, wanted), (name, wide_gates)
 
 
+def test_scale_invariant_output(device, rel_error):
+    """Under a norm of each head the shorter backward gives the gradients of the definition; h is the same."""
+    case = Case(batch=1, heads=2, time=21, with_state=True)
+    x = inputs_of(case, device)
+
+    def normalised(inputs, **options):
+        leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+        state = mLSTMState(*(leaves[n] for n in ("c0", "n0", "m0")))
+        h, last = mlstm(*(leaves[n] for n in "qkvif"), state=state, return_state=True, eps=0.0, **options)
+        loss = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=0.0).sin().sum() + last.c.square().sum()
+        return h, torch.autograd.grad(loss, list(leaves.values()))
+
+    exact, expected = normalised({n: t.double() for n, t in x.items()}, backend="recurrent")
+    options = {"backend": "triton", "chunk_size": 16}
+    h, actual = normalised(x, **options, assume_scale_invariant_output=True)
+    assert torch.equal(h, normalised(x, **options)[0])
+    assert rel_error(h, exact) < 5e-6
+    for name, one, two in zip(x, actual, expected, strict=True):
+        assert rel_error(one, two) < 2e-5 or torch.allclose(one.double(), two, atol=1e-7), name  # dn0 is 0
+
+
 def test_packed_documents(device, rel_error):
     lengths = [5, 0, 1, 14]
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ def mlstm(
     normalize: bool = True,
     eps: float = 1e-6,
     chunk_size: int | None = None,
+    assume_scale_invariant_output: bool = False,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -121,6 +122,7 @@ def mlstm(
     normalize: bool = True,
     eps: float = 1e-6,
     chunk_size: int | None = None,
+    assume_scale_invariant_output: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, mLSTMState]: ...
 
@@ -140,6 +142,7 @@ def mlstm(
     normalize: bool = True,
     eps: float = 1e-6,
     chunk_size: int | None = None,
+    assume_scale_invariant_output: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, mLSTMState]:
     """The mLSTM over whole sequences: a matrix memory with exponential gating (arXiv 2405.04517).
@@ -163,6 +166,10 @@ def mlstm(
         normalize: divide by the normaliser; False only with the sigmoid input gate.
         eps: added to the denominator.
         chunk_size: tokens per chunk of the chunkwise backends, any positive number; None chooses.
+        assume_scale_invariant_output: allow the backend ``triton`` to leave out the gradient of the
+            normaliser. It is zero if h goes only into a function that does not depend on the length of each
+            h_t, such as a norm of each head whose eps is small beside h_t; anything else gets wrong
+            gradients. h and the states are the same, and so are gradients through returned states.
         backend: ``"auto"`` or a name; see :func:`openxlstm.ops.explain`.
 
     Returns:
@@ -181,13 +188,16 @@ def mlstm(
     if state is not None:
         check_state(state, sequences, heads, qk_dim, v.shape[-1], state_dtype, q.device)
     request = dispatch.Request(q.device, q.dtype, {"head_dim": max(qk_dim, v.shape[-1])})
-    run = dispatch.resolve("mlstm", backend, request).implementation
-    options = {
+    chosen = dispatch.resolve("mlstm", backend, request)
+    run = chosen.implementation
+    options: dict[str, Any] = {
         "sigmoid": input_gate == "sigmoid",
         "normalize": normalize,
         "eps": eps,
         "chunk_size": chunk_size,
     }
+    if chosen.name == "triton":
+        options["scale_invariant"] = assume_scale_invariant_output
     if cu_seqlens is not None and (state is not None or return_state):
         if state is None:
             state = mlstm_initial_state(sequences, heads, qk_dim, v.shape[-1], q.device, state_dtype)

@@ -229,13 +229,13 @@ def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[in
 
     Args:
         name: of the forward operator.
-        forward, backward: custom operators with the signatures of this module's.
+        forward, backward: custom operators with the signatures of this module's; more options may follow.
         saved: which results of the forward the backward takes behind the inputs; h, r and den unless given. A
             result 6 is the stabiliser of every position, (B, H, T) float64.
     """
 
     @forward.register_fake
-    def _(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size):
+    def _(q, k, v, i, f, c0, n0, m0, reset, *_):
         batch, time, heads, _ = q.shape
         h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         r = c0.new_empty(batch, heads, time)
@@ -249,14 +249,14 @@ def register_gradient(name: str, forward: Any, backward: Any, saved: Sequence[in
         )
 
     def setup_context(ctx, inputs, output) -> None:
-        *tensors, sigmoid, normalize, eps, chunk_size = inputs
+        tensors, options = inputs[:9], inputs[9:]
         ctx.save_for_backward(*tensors, *(output[n] for n in saved))
-        ctx.options = (sigmoid, normalize, eps, chunk_size)
+        ctx.options = options
         ctx.set_materialize_grads(False)
 
     def gradient(ctx, dh, dc, dn, dm, *_):
         grads = backward(*ctx.saved_tensors, dh, dc, dn, dm, *ctx.options)
-        return (*grads, None, None, None, None, None)
+        return *grads, None, *(None for _ in ctx.options)
 
     torch.library.register_autograd(name, gradient, setup_context=setup_context)
 

@@ -112,6 +112,7 @@ def _forward(
     normalize: bool,
     eps: float,
     chunk_size: int | None,
+    scale_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last c, n, m, and (B, H, T) r, den and m for the backward."""
     batch, time, heads, dk = q.shape
@@ -171,6 +172,7 @@ def _backward(
     normalize: bool,
     eps: float,
     chunk_size: int | None,
+    scale_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f, c0, n0, m0."""
     batch, time, heads, _ = q.shape
@@ -192,12 +194,13 @@ def _backward(
     config = configurations.mlstm(q.device, q.dtype)
     length = min(chunk_size or config.backward_chunk, config.backward_chunk, time)
     scalars = prepare(i, f, m0, reset, length, sigmoid, m)
+    through = normalize and not scale_invariant  # whether a gradient passes through the normaliser
     flows = _matrix_gradients(
         (q, k, v, h, dh), (c0.contiguous(), n0.contiguous(), dc, dn), (r, den), scalars,
-        (dq, dk_out, dv_out), config, length, normalize,
+        (dq, dk_out, dv_out), config, length, through,
     )  # fmt: skip
     di, df, dm0 = gradients(
-        i, f, m0, reset, m, *flows, last_flow, dm_last, eps, sigmoid=sigmoid, normalize=normalize
+        i, f, m0, reset, m, *flows, last_flow, dm_last, eps, sigmoid=sigmoid, normalize=through
     )
     return dq, dk_out, dv_out, di, df, dc, dn, dm0
 
@@ -225,7 +228,7 @@ def _matrix_gradients(
     numbers = precision(q.dtype)
     c_states, n_states, _, _ = _states(k, v, scalars, c0, n0, length, last=False)
 
-    inverse, delta, along = torch.ones_like(r), torch.zeros_like(r), torch.zeros_like(r)
+    inverse, delta, along = den.reciprocal(), torch.zeros_like(r), torch.zeros_like(r)
     if normalize:
         tile = configurations.tile_of(min(time, 64))
         kernel("mlstm.triton_backward", "rows_kernel")[(pairs * -(-time // tile),)](
@@ -283,7 +286,10 @@ def run(
     normalize: bool,
     eps: float,
     chunk_size: int | None = None,
+    scale_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mLSTM on a GPU; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
-    h, c, n, m, *_ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, chunk_size)
+    """mLSTM on a GPU; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`. With
+    ``scale_invariant`` the normaliser is a constant backwards."""
+    options = sigmoid, normalize, eps, chunk_size, scale_invariant
+    h, c, n, m, *_ = _forward(q, k, v, i, f, c, n, m, reset, *options)
     return h, c, n, m

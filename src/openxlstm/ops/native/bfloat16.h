@@ -31,18 +31,7 @@ inline vf load(const bf16 *p, int64_t n) {
 
 // Two vectors of neighbouring bfloat16 numbers, in the order that widens them fastest: within each 128 bits of eight
 // numbers the first four go to v[0], the others to v[1]. `sorted_alike` sorts float32 numbers in the same way.
-#if OXL_WIDTH == 16
-inline void widened(const bf16 *p, vf (&v)[2]) {
-    const __m512i all = _mm512_loadu_si512(p), zero = _mm512_setzero_si512();
-    v[0] = (vf)_mm512_unpacklo_epi16(zero, all);
-    v[1] = (vf)_mm512_unpackhi_epi16(zero, all);
-}
-inline void sorted_alike(const float *p, vf (&v)[2]) {
-    const __m512 first = (__m512)load(p), second = (__m512)load(p + W);
-    v[0] = (vf)_mm512_shuffle_f32x4(first, second, 0x88);
-    v[1] = (vf)_mm512_shuffle_f32x4(first, second, 0xdd);
-}
-#elif OXL_WIDTH == 8
+#if OXL_WIDTH == 8
 inline void widened(const bf16 *p, vf (&v)[2]) {
     const __m256i all = _mm256_loadu_si256((const __m256i *)p), zero = _mm256_setzero_si256();
     v[0] = (vf)_mm256_unpacklo_epi16(zero, all);

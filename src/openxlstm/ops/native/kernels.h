@@ -162,7 +162,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // Numbers of 16 bits from one vector's codes to the next one's, enough for every kind of matrix; not a power of two, whose
 // rows would share cache sets.
 constexpr int64_t MOST_CODES_PER_FOUR = 5;
-inline int64_t code_stride(int64_t columns) { return round_up(columns, 64) * MOST_CODES_PER_FOUR / 4 + 64; }
+inline int64_t code_stride(int64_t columns) { return round_up(columns, 128) * MOST_CODES_PER_FOUR / 4 + 64; }
 inline int64_t recurrent_gates(int32_t cell) { return cell == ELMAN ? 1 : cell == GRU ? 3 : 4; }
 inline int64_t bias_gates(int32_t cell) { return cell == ELMAN ? 1 : 4; }
 

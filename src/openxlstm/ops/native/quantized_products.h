@@ -24,16 +24,20 @@ struct Codes {
     int64_t stride;
 };
 
-#if defined(__AVX2__)
-constexpr int64_t INT4_BLOCK = 80;  // numbers of 16 bits that stand for 64 inputs of an int4 matrix
+// Codes for an int4 matrix stand in blocks: INT4_BLOCK numbers of 16 bits for INT4_INPUTS inputs.
+#if defined(__AVX512BW__)
+constexpr int64_t INT4_INPUTS = 128, INT4_BLOCK = 160, MOST_TOGETHER = 8;
+#elif defined(__AVX2__)
+constexpr int64_t INT4_INPUTS = 64, INT4_BLOCK = 80, MOST_TOGETHER = 4;
 #else
-constexpr int64_t INT4_BLOCK = 64;
+constexpr int64_t INT4_INPUTS = 64, INT4_BLOCK = 64, MOST_TOGETHER = 4;
 #endif
-static_assert(INT4_BLOCK * 4 <= oxl::MOST_CODES_PER_FOUR * 64, "the library sizes the buffers");
+static_assert(INT4_BLOCK * 4 <= oxl::MOST_CODES_PER_FOUR * INT4_INPUTS, "the library sizes the buffers");
 
 // Numbers of 16 bits that codes of `columns` inputs of a matrix of that kind take.
 inline int64_t code_length(int32_t kind, int64_t columns) {
-    return oxl::round_up(columns, 64) / 64 * (kind == oxl::WEIGHT_INT4 ? INT4_BLOCK : 64);
+    if (kind != oxl::WEIGHT_INT4) return oxl::round_up(columns, 64);
+    return oxl::round_up(columns, INT4_INPUTS) / INT4_INPUTS * INT4_BLOCK;
 }
 
 #if defined(__AVX2__)
@@ -41,6 +45,19 @@ inline int64_t code_length(int32_t kind, int64_t columns) {
 inline __m256i load16(const int16_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 inline __m128i load_bytes(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+#endif
+
+}  // namespace
+
+#if defined(__AVX512BW__)
+#include "quantized_avx512.h"
+#endif
+
+namespace {
+
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+
 inline float sum_lanes(__m256 v) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -137,7 +154,7 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
     unrolled<BATCH>([&](auto b) { out[b] = sum_lanes(total[b]); });
 }
 
-#else
+#elif !defined(__AVX2__)
 
 typedef int8_t vb __attribute__((vector_size(OXL_WIDTH)));
 typedef uint8_t vub __attribute__((vector_size(OXL_WIDTH)));
@@ -202,9 +219,9 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
 inline void encode(int32_t kind, const float *x, int64_t n, float factor, int16_t *codes) {
 #if defined(__AVX2__)
     if (kind == oxl::WEIGHT_INT4) {
-        for (int64_t c = 0; c < n; c += 64, codes += INT4_BLOCK) {
-            int16_t plain[64];
-            round_activations(x + c, n - c < 64 ? n - c : 64, 64, factor, plain);
+        for (int64_t c = 0; c < n; c += INT4_INPUTS, codes += INT4_BLOCK) {
+            int16_t plain[INT4_INPUTS];
+            round_activations(x + c, n - c < INT4_INPUTS ? n - c : INT4_INPUTS, INT4_INPUTS, factor, plain);
             arrange(plain, codes);
         }
         return;
@@ -273,7 +290,12 @@ void multiply_columns(const oxl::Weight &w, int64_t begin, int64_t end, int64_t 
         const int64_t next = row + step < end ? row + step : end;
         int64_t b = 0;
         const auto at = [&] { return Codes{x.codes + b * x.stride, x.scales + b, x.stride}; };
-        for (; b + 4 <= batch; b += 4) multiply_columns_batch<4>(w, row, next, first, n, at(), y + b * y_stride, y_stride);
+        for (; b + MOST_TOGETHER <= batch; b += MOST_TOGETHER)
+            multiply_columns_batch<MOST_TOGETHER>(w, row, next, first, n, at(), y + b * y_stride, y_stride);
+        if (MOST_TOGETHER > 4 && b + 4 <= batch) {
+            multiply_columns_batch<4>(w, row, next, first, n, at(), y + b * y_stride, y_stride);
+            b += 4;
+        }
         for (; b + 2 <= batch; b += 2) multiply_columns_batch<2>(w, row, next, first, n, at(), y + b * y_stride, y_stride);
         if (b < batch) multiply_columns_batch<1>(w, row, next, first, n, at(), y + b * y_stride, y_stride);
     }
@@ -293,7 +315,7 @@ void multiply_codes(const oxl::Weight &w, int64_t begin, int64_t end, const Code
 void multiply_quantized(const oxl::Weight &w, int64_t begin, int64_t end, const float *x, int64_t x_stride,
                         int64_t batch, float *y, int64_t y_stride) {
     constexpr int64_t MOST = 8, ROWS = 128;
-    int16_t codes[MOST * (BLOCK_COLUMNS / 64 * INT4_BLOCK + PAD)];
+    int16_t codes[MOST * (BLOCK_COLUMNS / INT4_INPUTS * INT4_BLOCK + PAD)];
     float scales[MOST];
     const int64_t step = batch > MOST ? ROWS : end - begin;  // rows that several parts of a large batch meet in cache
     for (int64_t row = begin; row < end; row += step)

@@ -63,10 +63,12 @@ inline void multiply_block(const T *w, int64_t columns, const float *x, int64_t 
 template <int ROWS, class T>
 inline void multiply_batch(const T *w, int64_t columns, const float *x, int64_t x_stride, int64_t batch, float *y,
                            int64_t y_stride) {
-    constexpr int MANY = W == 16 ? 4 : 2;  // as many sums as there are registers for
+    constexpr int MANY = W == 16 ? 8 : 2;  // as many sums as there are registers for
     int64_t b = 0;
     for (; b + MANY <= batch; b += MANY)
         multiply_block<ROWS, MANY>(w, columns, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
+    for (; W == 16 && b + 2 <= batch; b += 2)
+        multiply_block<ROWS, 2>(w, columns, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
     for (; b < batch; ++b)
         multiply_block<ROWS, 1>(w, columns, x + b * x_stride, x_stride, y + b * y_stride, y_stride);
 }
@@ -75,7 +77,7 @@ template <class T>
 void multiply_dense(const T *w, int64_t columns, int64_t row, int64_t row_end, const float *x, int64_t x_stride,
                     int64_t batch, float *y, int64_t y_stride) {
     w += row * columns;
-    if (batch > 1)
+    if (batch > 1 && W < 16)  // wide registers hold a whole batch's sums for one row
         for (; row + 2 <= row_end; row += 2, w += 2 * columns)
             multiply_batch<2>(w, columns, x, x_stride, batch, y + row, y_stride);
     for (; row < row_end; ++row, w += columns) multiply_batch<1>(w, columns, x, x_stride, batch, y + row, y_stride);

@@ -38,23 +38,21 @@ struct CodePointers {
     OXL_INLINE const int16_t *of(int b) const { return b < 4 ? first + b * stride : fifth + (b - 4) * stride; }
 };
 
-// Sums of the lanes of 16 vectors, each added in the order of sum_lanes.
-inline __m512 sums_of_16(const __m512i (&v)[16]) {
-    __m512 a[8], b[4], c[2];
-    unrolled<8>([&](auto k) OXL_INLINE {
+// Sums of the lanes of eight vectors, each added in the order of sum_lanes.
+inline __m256 sums_of_8(const __m512i (&v)[8]) {
+    __m512 a[4], b[2];
+    unrolled<4>([&](auto k) OXL_INLINE {
         const __m512 one = _mm512_cvtepi32_ps(v[2 * k]), two = _mm512_cvtepi32_ps(v[2 * k + 1]);
         a[k] = _mm512_add_ps(_mm512_shuffle_f32x4(one, two, 0x44), _mm512_shuffle_f32x4(one, two, 0xee));
     });
-    unrolled<4>([&](auto k) OXL_INLINE {  // 128 bits of each of four vectors
+    unrolled<2>([&](auto k) OXL_INLINE {  // 128 bits of each of four vectors
         b[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0x88),
                              _mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0xdd));
     });
-    unrolled<2>([&](auto k) OXL_INLINE {
-        c[k] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * k], b[2 * k + 1], 0x44), _mm512_shuffle_ps(b[2 * k], b[2 * k + 1], 0xee));
-    });
-    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
-    // 4 m + k is now the sum of vector 4 k + m
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(c, c, 0x88), _mm512_shuffle_ps(c, c, 0xdd));
+    return _mm512_castps512_ps256(  // 128 bits hold the sums of vectors k, k + 4, k, k + 4
+        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0), sums));
 }
 
 // Integer dot products of ROWS rows with BATCH vectors over n <= BLOCK_COLUMNS columns, as floats.
@@ -82,8 +80,8 @@ inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_
         const __mmask32 inside = n < 32 ? (1u << n) - 1 : ~0u;
         add(0, [&](const int8_t *p) OXL_INLINE { return _mm256_maskz_loadu_epi8(inside, p); });
     }
-    if constexpr (ROWS * BATCH == 16) {
-        _mm512_storeu_ps(out[0], sums_of_16(total));
+    if constexpr (ROWS * BATCH == 8) {
+        _mm256_storeu_ps(out[0], sums_of_8(total));
     } else {
         unrolled<ROWS * BATCH>([&](auto k) OXL_INLINE { out[k / BATCH][k % BATCH] = sum_lanes(_mm512_cvtepi32_ps(total[k])); });
     }

@@ -253,7 +253,7 @@ void multiply_columns_batch(const oxl::Weight &w, int64_t begin, int64_t end, in
     if (w.kind == oxl::WEIGHT_INT8) {
         const float *scales = static_cast<const float *>(w.scales);
         const auto rows_of = [&](int64_t r) { return static_cast<const int8_t *>(w.data) + r * w.columns + first; };
-        constexpr int ROWS = BATCH == 1 ? 1 : 2;
+        constexpr int ROWS = BATCH == 1 || BATCH == 8 ? 1 : 2;  // with eight vectors one row has work enough
         int64_t r = begin;
         for (; r + ROWS <= end; r += ROWS) {
             float dot[ROWS][BATCH];

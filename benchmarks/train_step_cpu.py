@@ -19,18 +19,21 @@ from harness import Variant, parser, run, with_allocator
 VOCAB = 50304
 
 
-def step_call(model: torch.nn.Module, forward, batch: int, length: int, autocast: bool):
+def step_call(model: torch.nn.Module, loss, batch: int, length: int, autocast: bool):
     torch.manual_seed(0)
     tokens = torch.randint(VOCAB, (batch, length + 1))
 
     def call() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = forward(model, tokens[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        loss.backward()
+            total = loss(model, tokens[:, :-1], tokens[:, 1:])
+        (total / (batch * length)).backward()
         model.zero_grad(set_to_none=True)
 
     return call
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def main() -> None:
     def ours():
         from openxlstm.models import xLSTMLarge, xLSTMLargeConfig
 
-        return step_call(xLSTMLarge(xLSTMLargeConfig(**shape)), lambda m, x: m(x), *size)
+        return step_call(xLSTMLarge(xLSTMLargeConfig(**shape)), lambda m, x, y: m.summed_loss(x, y), *size)
 
     def reference():
         from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
@@ -61,7 +64,7 @@ def main() -> None:
             sequence_kernel="native_sequence__native",
             step_kernel="native",
         )
-        return step_call(xLSTMLarge(config), lambda m, x: m(x)[0], *size)
+        return step_call(xLSTMLarge(config), lambda m, x, y: summed_loss(m(x)[0], y), *size)
 
     def huggingface():
         from transformers import xLSTMConfig, xLSTMForCausalLM
@@ -75,7 +78,7 @@ def main() -> None:
             mode="train",
         )
         model = xLSTMForCausalLM(config).train()
-        return step_call(model, lambda m, x: m(x, use_cache=False).logits, *size)
+        return step_call(model, lambda m, x, y: summed_loss(m(x, use_cache=False).logits, y), *size)
 
     variants = [
         Variant("openxlstm xLSTMLarge", ours),

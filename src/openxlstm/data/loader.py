@@ -35,9 +35,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.data.dataset import TokenDataset
-
-IGNORED = -100
-"""Target of positions that do not count in the loss (the default of ``cross_entropy``)."""
+from openxlstm.ops.cross_entropy import IGNORED
 
 Order = Literal["shuffled", "sequential"]
 

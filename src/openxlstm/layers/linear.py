@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.initialization import small_init_, zero_
-from openxlstm.layers.precision import computing_dtype
 from openxlstm.ops import linear
+from openxlstm.ops.dense import computing_dtype
 from openxlstm.runtime import has_fast_bfloat16
 
 

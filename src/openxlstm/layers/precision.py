@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openxlstm.ops.dense import computing_dtype
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or in float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of ``x`` run in: under autocast its dtype, otherwise that of ``x``."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def cast_once(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from openxlstm.ops import linear_cross_entropy
 from openxlstm.state import KVCache, ModelState, leaves, mLSTMSlots
 
 
@@ -16,6 +17,7 @@ class LanguageModel(nn.Module, abc.ABC):
     """A model from tokens (B, T) to logits (B, T, V) that can also go one token at a time."""
 
     config: Any
+    lm_head: nn.Linear
 
     @property
     def vocab_size(self) -> int:
@@ -33,6 +35,29 @@ class LanguageModel(nn.Module, abc.ABC):
     ) -> ModelState:
         """The state after ``tokens`` (B, T), without computing logits; arguments as for ``forward``."""
         return self.hidden(tokens, state, return_state=True, reset=reset)[1]
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap of the logits, or None."""
+        return None
+
+    def summed_loss(self, tokens: Tensor, targets: Tensor, *, reset: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the targets, without ever holding all logits; for training.
+
+        Args:
+            tokens: int64 (B, T).
+            targets: int64 (B, T), -100 where a position does not count.
+            reset: bool (B, T), True where a new document starts.
+
+        Returns:
+            Scalar float32, the sum in nats over the positions that count.
+
+        Raises:
+            ValueError: a token id or a target out of range.
+        """
+        x, _ = self.hidden(tokens, None, return_state=False, reset=reset)
+        head = self.lm_head
+        return linear_cross_entropy(x, head.weight, targets, head.bias, soft_cap=self.logit_cap)
 
     @abc.abstractmethod
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:

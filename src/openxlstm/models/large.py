@@ -212,8 +212,13 @@ class xLSTMLarge(LanguageModel):
         """
         return_state = self.config.return_last_states if return_state is None else return_state
         x, new_state = self.hidden(tokens, state, return_state=return_state, reset=reset)
-        logits = soft_cap(self.lm_head(x), self.config.output_logit_soft_cap)
+        logits = soft_cap(self.lm_head(x), self.logit_cap)
         return (logits, new_state) if return_state else logits
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap of the logits, or None."""
+        return self.config.output_logit_soft_cap
 
     def hidden(
         self, tokens: Tensor, state: ModelState | None, *, return_state: bool, reset: Tensor | None
@@ -229,7 +234,7 @@ class xLSTMLarge(LanguageModel):
         check_tokens(tokens, self.vocab_size)
         check_state(state, self._state_layout, tokens.shape[0])
         x, state = self.backbone.step(self.embedding(tokens), state)
-        return soft_cap(self.lm_head(x), self.config.output_logit_soft_cap), state
+        return soft_cap(self.lm_head(x), self.logit_cap), state
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
         """The empty state: zeros, float32, on ``device`` (default: where the parameters are)."""

@@ -1,6 +1,7 @@
 """Operators: pure functions on tensors. The only layer that knows about kernels and devices."""
 
 from openxlstm.ops.convolution import causal_convolution
+from openxlstm.ops.cross_entropy import linear_cross_entropy
 from openxlstm.ops.dense import linear
 from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.advance import mlstm_advance
@@ -13,6 +14,7 @@ __all__ = [
     "causal_convolution",
     "explain",
     "linear",
+    "linear_cross_entropy",
     "mlstm",
     "mlstm_advance",
     "mlstm_initial_state",

@@ -28,22 +28,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu":
         return functional.linear(x, weight, bias)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype != torch.bfloat16 or x.dtype == torch.float64:
+    dtype = computing_dtype(x)
+    if dtype != torch.bfloat16:
         return functional.linear(x, weight, bias)
     return _linear_bfloat16(x.to(dtype), weight, bias)
 
 
-def _widened(x: Tensor) -> Tensor:
-    """bfloat16 values in the dtype whose products the CPU computes fast."""
-    x = x.to(torch.bfloat16)
-    return x if has_fast_bfloat16("cpu") else x.float()
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of ``x`` run in: under autocast its dtype, otherwise that of ``x``."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to ``dtype``, in the dtype whose products of such numbers the device computes fast."""
+    x = x.to(dtype)
+    emulated = dtype == torch.bfloat16 and x.device.type == "cpu" and not has_fast_bfloat16("cpu")
+    return x.float() if emulated else x
 
 
 @torch.library.custom_op("openxlstm::linear_bfloat16", mutates_args=())
 def _linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        y = functional.linear(_widened(x), _widened(weight), None if bias is None else _widened(bias))
+        b = None if bias is None else widened(bias, torch.bfloat16)
+        y = functional.linear(widened(x, torch.bfloat16), widened(weight, torch.bfloat16), b)
     return y.to(torch.bfloat16)
 
 
@@ -53,16 +62,20 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("openxlstm::linear_bfloat16_backward", mutates_args=())
-def _linear_bfloat16_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _widened(dy).reshape(-1, dy.shape[-1])
-    dx = (wide @ _widened(weight)).to(x.dtype).view(x.shape)
-    dw = (wide.t() @ _widened(x).reshape(-1, x.shape[-1])).to(weight.dtype)
-    return dx, dw, wide.sum(0, dtype=torch.float32).to(weight.dtype)
+def _linear_bfloat16_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = widened(dy, torch.bfloat16).reshape(-1, dy.shape[-1])
+    dx = (wide @ widened(weight, torch.bfloat16)).to(x.dtype).view(x.shape)
+    dw = (wide.t() @ widened(x, torch.bfloat16).reshape(-1, x.shape[-1])).to(weight.dtype)
+    db = wide.sum(0, dtype=torch.float32).to(weight.dtype) if has_bias else weight.new_empty(0)
+    return dx, dw, db
 
 
 @_linear_bfloat16_backward.register_fake
-def _(x, weight, dy):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _(x, weight, dy, has_bias):
+    db = weight.new_empty(weight.shape[0] if has_bias else 0)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), db
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -72,7 +85,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy):
-    dx, dw, db = _linear_bfloat16_backward(*ctx.saved_tensors, dy)
+    dx, dw, db = _linear_bfloat16_backward(*ctx.saved_tensors, dy, ctx.has_bias)
     return dx, dw, db if ctx.has_bias else None
 
 

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openxlstm.models import accounting
+from openxlstm.ops.cross_entropy import IGNORED
 from openxlstm.runtime import has_fast_bfloat16, measure_peak_flops
-
-IGNORED = -100
-"""Target of positions that do not count: padding, the last token of a document."""
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from openxlstm.checkpoint import save_pretrained
 from openxlstm.config import config_to_dict
 from openxlstm.data import Batch
+from openxlstm.models.language_model import LanguageModel
 from openxlstm.plots import plot_loss_curve
 from openxlstm.runtime import environment_report, resolve_device, resolve_precision, set_seed
 from openxlstm.training.checkpointing import CheckpointStore
@@ -41,7 +42,7 @@ from openxlstm.training.config import TrainerConfig
 from openxlstm.training.generators import generator_state, restore_generators
 from openxlstm.training.interruption import StopRequest, TrainingInterrupted
 from openxlstm.training.logging import RunLog
-from openxlstm.training.metrics import Speedometer, in_bits_per_byte, speedometer, summed_cross_entropy
+from openxlstm.training.metrics import Speedometer, in_bits_per_byte, speedometer
 from openxlstm.training.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -99,8 +100,7 @@ class Trainer:
     """Trains a language model.
 
     Args:
-        model: maps tokens (B, T) and ``reset=`` (B, T) to logits (B, T, V); has ``config`` and
-            ``parameter_groups(weight_decay)``. Moved to the configured device.
+        model: moved to the configured device.
         config: how to train.
         train_loader: gives the batch of a step.
         validation_loader: the same for held-out text, in sequential order.
@@ -116,7 +116,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         config: TrainerConfig,
         train_loader: Loader,
         validation_loader: Loader | None = None,
@@ -130,7 +130,7 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.summed_loss = torch.compile(model.summed_loss) if config.compile else model.summed_loss
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.tokenizer, self.sample_callback = tokenizer, sample_callback
         self.rank, self.world_size, self.resume_hint = rank, world_size, resume_hint
@@ -255,8 +255,7 @@ class Trainer:
         """Sum of the cross-entropies in nats over the targets that count."""
         dtype = self.autocast_dtype
         with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            logits = self.forward(batch.tokens, reset=batch.reset)
-        return summed_cross_entropy(logits, batch.targets)
+            return self.summed_loss(batch.tokens, batch.targets, reset=batch.reset)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         if self.world_size > 1:

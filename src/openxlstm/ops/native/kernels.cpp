@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each, with OXL_ISA naming it and the compiler's flags
 // choosing it.
 #include "convolution.h"
+#include "cross_entropy.h"
 #include "decode_layers.h"
 #include "mlstm_backward.h"
 #include "mlstm_forward.h"
@@ -18,5 +19,5 @@
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
     OXL_STRING(OXL_ISA), TILE, mlstm_step, mlstm_forward_scratch, mlstm_backward_scratch, mlstm_forward,
     mlstm_backward, pack, rnn_forward, rnn_backward, convolution_forward, convolution_backward, product,
-    quantize_activations, quantized_product, probe, decode,
+    quantize_activations, quantized_product, cross_entropy, probe, decode,
 };

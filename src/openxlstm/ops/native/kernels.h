@@ -128,6 +128,17 @@ struct QuantizedProduct {
     int64_t stride, rows_per_task;
 };
 
+// Cross-entropy of `rows` vectors of `columns` logits (B, V), which become their gradients where these are asked for.
+// A task computes rows_per_task rows and needs whole vectors for `columns` floats of working space.
+struct CrossEntropy {
+    void *logits;            // float32, or bfloat16
+    const int64_t *targets;  // negative where a row does not count
+    float *losses;
+    int64_t rows, columns, rows_per_task;
+    int32_t bfloat16, gradients;
+    float cap;  // of the logits; 0 for none
+};
+
 // Reads `count` numbers and nothing else. Task t reads `each` of them and leaves the union of their bits in seen[t].
 struct Probe {
     const float *data;
@@ -154,6 +165,7 @@ struct Kernels {
     void (*product)(const Product &, int64_t task, float *scratch);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);
+    void (*cross_entropy)(const CrossEntropy &, int64_t task, float *scratch);
     void (*probe)(const Probe &, int64_t task, float *scratch);
     void (*decode)(const Decode &, Team &team, int worker);
 };

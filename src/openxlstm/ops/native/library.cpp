@@ -203,6 +203,15 @@ OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct
     return run(a, TABLE[isa]->quantized_product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
 }
 
+OXL_EXPORT int oxl_cross_entropy(int isa, int threads, oxl::CrossEntropy *args) {
+    oxl::CrossEntropy a = *args;
+    const int64_t tasks = 8 * static_cast<int64_t>(threads < 1 ? 1 : threads);
+    a.rows_per_task = (a.rows + tasks - 1) / tasks;
+    if (a.rows_per_task < 1) return 0;
+    return run(a, TABLE[isa]->cross_entropy, (a.rows + a.rows_per_task - 1) / a.rows_per_task, threads,
+               oxl::round_up(a.columns, 16));
+}
+
 OXL_EXPORT int oxl_probe(int isa, int threads, oxl::Probe *args) {
     oxl::Probe a = *args;
     if (a.count < 1) return 0;

@@ -275,7 +275,7 @@ def test_other_data_is_refused(toy: Any, tmp_path: Path, straight: Path) -> None
 
 def test_a_diverged_run_resumes_from_the_named_checkpoint(make_trainer: Make, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", steps=12, checkpoint_every=4)
-    trainer.model.register_forward_hook(
+    trainer.model.xlstm_block_stack.register_forward_hook(
         lambda module, inputs, output: output * float("nan") if trainer.step == 6 else output
     )
     with pytest.raises(NonFiniteLossError, match="step_00000004"):

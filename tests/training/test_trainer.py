@@ -207,7 +207,7 @@ def test_not_a_number_stops_before_the_update(make_trainer: Make, tmp_path: Path
         output.register_hook(lambda gradient: gradient * float("inf"))
         return output
 
-    trainer.model.register_forward_hook(poison)
+    trainer.model.xlstm_block_stack.register_forward_hook(poison)
     message = "loss is nan" if what == "loss" else "gradient norm is"
     with pytest.raises(NonFiniteLossError, match=f"(?s){message}.* at step 8 .*step_00000005") as caught:
         trainer.fit()
@@ -220,7 +220,9 @@ def test_not_a_number_stops_before_the_update(make_trainer: Make, tmp_path: Path
 
 def test_not_a_number_before_any_checkpoint(make_trainer: Make, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
-    trainer.model.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    trainer.model.xlstm_block_stack.register_forward_hook(
+        lambda module, inputs, output: output * float("inf")
+    )
     with pytest.raises(NonFiniteLossError, match="no checkpoint was written yet"):
         trainer.fit()
 

@@ -51,6 +51,7 @@ def make_trainer(
     defaults: dict[str, Any] = {
         "steps": 20, "batch_size": 4, "checkpoint_every": 10, "validation_every": 5, "validation_batches": 2,
         "sample_every": 1, "learning_rate": 1e-2, "tensorboard": False, "progress": False, "device": "cpu",
+        "precision": "float32",
     }  # fmt: skip
     config = TrainerConfig(**{**defaults, **settings, "output": output})
     loaders = [

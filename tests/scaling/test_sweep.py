@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from openxlstm.models.accounting import training_flops_per_token
 from openxlstm.scaling.data import check_runs, read_runs
 from openxlstm.scaling.design import design, planned_run, recommended_batch, recommended_rate, shapes
 from openxlstm.scaling.study import analyse, study_report
-from openxlstm.scaling.sweep import Sweep
+from openxlstm.scaling.sweep import Sweep, environment
 
 OPTIONS: dict[str, Any] = {"vocab_size": 257, "context_length": 64}
 
@@ -93,34 +98,113 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shards
 
 
+STUDY = ["--budgets", "3e9", "--spread", "6", "--ratios", "8", "--grid-sizes", "2", "--context-length", "32"]
+STUDY += ["--families", "transformer"]
+"""A profile of three sizes and two of them at 8 tokens per parameter: seconds of training."""
+
+
 def test_a_study_runs_stops_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     study = tmp_path / "study"
     words = ["scaling", "sweep", str(study)]
-    begin = ["--data", str(data), "--budgets", "2e10", "--families", "transformer", "--context-length", "32"]
-    begin += ["--sizes", "3", "--spread", "2.9", "--jobs", "2"]
-    assert main([*words, *begin, "--launcher", "slurm"]) == 0
-    printed = capsys.readouterr().out
-    assert "#SBATCH --array=0-2%2" in printed
-    assert main([*words, "--launcher", "torchrun", "--jobs", "4"]) == 0
-    assert printed.count(".yaml") == capsys.readouterr().out.count("torchrun --standalone --nproc-per-node 1")
+    begin = ["--data", str(data), *STUDY]
     assert main([*words, *begin, "--minutes", "0"]) == 2  # nothing is finished yet
-    capsys.readouterr()
+    assert "no run of" in capsys.readouterr().err
     assert main([*words, "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "3 of 3 runs finished" in printed
+    assert "5 of 5 runs finished" in printed
     table = pd.read_csv(study / "runs.csv")
-    assert len(read_runs(study / "runs.csv")) == 3
+    assert len(read_runs(study / "runs.csv")) == 5
     assert table["val_loss"].between(0.1, 7).all()
+    grid = table[table["experiment"] == "tokenparam"]
+    assert len(grid) == 2
+    assert (grid["num_tokens"] / grid["num_params"]).to_numpy() == pytest.approx(8, rel=0.05)
     page = (study / "report.html").read_text()
-    assert "Assumptions and limits" in page
+    for part in ("Assumptions and limits", "Over-training", "tokens per parameter"):
+        assert part in page
     assert page.count("data:image/png;base64,") >= 1
     assert "http" not in page.replace("http://www.w3.org", "")
 
-    assert main([*words]) == 0  # nothing left to do
-    assert "3 runs, 0 to do" in capsys.readouterr().out
+    assert main([*words, *begin]) == 0  # nothing left to do
+    assert "5 runs, 0 to do" in capsys.readouterr().out
     assert main([*words, *begin, "--context-length", "16"]) == 2
     assert "holds another design" in capsys.readouterr().err
     assert main(["scaling", "fit", str(study / "runs.csv"), "--output", str(tmp_path / "fit.html")]) == 0
+
+
+def test_commands_of_the_launchers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    study = tmp_path / "a study"
+    words = ["scaling", "sweep", str(study)]
+    assert main([*words, "--data", str(data), *STUDY, "--launcher", "shell"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(re.fullmatch(r"openxlstm train '/.*/a study/runs/.*\.yaml'", line) for line in lines)
+    name = Path(shlex.split(lines[0])[-1]).stem
+    (study / "runs" / name / "checkpoints" / "step-1").mkdir(parents=True)  # as an interrupted run leaves it
+    assert main([*words, "--launcher", "shell"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("--resume")
+    assert main([*words, "--launcher", "torchrun", "--jobs", "4"]) == 0
+    command = f"torchrun --standalone --nproc-per-node 4 -m openxlstm.cli scaling sweep '{study}'"
+    assert capsys.readouterr().out.strip() == command
+
+
+def test_the_slurm_script_begins_and_resumes_runs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The script itself, run by bash, with a stand-in for srun that shows what it was given."""
+    study = tmp_path / "a study"
+    words = ["scaling", "sweep", str(study), "--data", str(data), *STUDY, "--launcher", "slurm"]
+    assert main([*words, "--jobs", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("#!/bin/bash\n")  # redirected into a file, it is a script
+    assert "5 runs, 5 to do" in captured.err
+    assert "#SBATCH --array=0-4%2" in captured.out
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    recipes = sorted((study / "runs").glob("*.yaml"))
+
+    def submitted(task: int) -> list[str]:
+        variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+        script = ["bash", "-eu", "-c", captured.out]
+        return subprocess.run(script, env=variables, capture_output=True, text=True).stdout.splitlines()
+
+    given = [submitted(task) for task in range(5)]
+    assert all(words[:2] == ["openxlstm", "train"] and len(words) == 3 for words in given)
+    assert sorted(Path(words[2]) for words in given) == recipes
+    (Path(given[0][2]).with_suffix("") / "checkpoints" / "step-1").mkdir(parents=True)
+    assert submitted(0)[3:] == ["--resume"]
+
+
+def test_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = design([1e12, 1e13], sizes=4, ratios=[5], **OPTIONS)
+    sweep = Sweep(tmp_path, runs, tmp_path)
+    shares = [sweep.share(rank, 3).runs for rank in range(3)]
+    assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in runs)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    variables = [environment(2, slot) for slot in range(3)]
+    assert [v["CUDA_VISIBLE_DEVICES"] for v in variables] == ["4", "6", "4"]
+    assert all(v["OMP_NUM_THREADS"] == "2" and "WORLD_SIZE" not in v for v in variables)
+
+
+@pytest.mark.slow
+def test_torchrun(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two processes share a study for real; training itself refuses a second process."""
+    study = tmp_path / "study"
+    words = ["scaling", "sweep", str(study)]
+    assert main([*words, "--data", str(data), *STUDY, "--launcher", "torchrun", "--jobs", "2"]) == 0
+    command = shlex.split(capsys.readouterr().out)
+    module = [sys.executable, "-m", "torch.distributed.run"]
+    result = subprocess.run([*module, *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("has done its share") == 2
+    assert main(words) == 0
+    assert "5 runs, 0 to do" in capsys.readouterr().out
+    recipe = str(next((study / "runs").glob("*.yaml")))
+    for processes, expected in ((1, "holds a run"), (2, "one process trains, torchrun started 2")):
+        start = ["--standalone", "--nproc-per-node", str(processes), "-m", "openxlstm.cli", "train", recipe]
+        result = subprocess.run([*module, *start], capture_output=True, text=True)
+        assert result.returncode != 0
+        assert expected in result.stderr
 
 
 def test_a_run_that_fails_is_named(data: Path, tmp_path: Path) -> None:

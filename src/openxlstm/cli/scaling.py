@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
 import time
 import warnings
@@ -34,10 +36,13 @@ examples:
   openxlstm scaling fit runs/study/runs.csv
 
 `openxlstm scaling ACTION --help` explains each."""
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+"""What torchrun tells its processes, and what holds without it."""
 SWEEP_EXAMPLES = """\
   openxlstm data --standard-library --output data/python --tokenizer bytes
   openxlstm scaling sweep runs/study --data data/python --budgets 3e11 1e12 3e12 --context-length 128 --jobs 2
   openxlstm scaling sweep runs/study                                   (go on after an interruption)
+  torchrun --standalone --nproc-per-node 4 -m openxlstm.cli scaling sweep runs/study   (4 processes)
   openxlstm scaling sweep runs/big --data data/web --budgets 6e18 1e19 3e19 --launcher slurm > sweep.sh"""
 
 
@@ -83,13 +88,13 @@ class SweepOptions:
     context_length: int = 512
     """Tokens per training sequence."""
     jobs: int = 1
-    """Runs at a time, each one process; for slurm array tasks at a time."""
+    """Runs at a time, each one process; with a launcher the processes of torchrun or the tasks of slurm."""
     threads: int = 1
     """CPU threads of each process."""
     minutes: float | None = None
-    """Stop after so many minutes; running processes save first."""
+    """Stop after so many minutes; running processes save first. 0 only fits and reports what is finished."""
     launcher: Literal["here", "shell", "torchrun", "slurm"] = "here"
-    """Run here, or only print the commands."""
+    """Run here, or only print commands: one per run, one for torchrun, or the script of a SLURM array."""
     title: str = "A scaling study"
     """Heading of the report."""
 
@@ -181,15 +186,29 @@ def _sweep(arguments: Sequence[str]) -> int:
 
     sweep = _study(options)
     flops = sum(run.flops for run in sweep.runs)
-    print(f"{len(sweep.runs)} runs, {len(sweep.unfinished())} to do, {flops:.3g} FLOPs in all", flush=True)
+    summary = f"{len(sweep.runs)} runs, {len(sweep.unfinished())} to do, {flops:.3g} FLOPs in all"
     if options.launcher != "here":
+        print(summary, file=sys.stderr)  # what is printed is a script
         print(sweep.commands(options.launcher, options.jobs))
         return 0
+    print(summary, flush=True)
     start = time.monotonic()
+    rank, world_size, slot = (int(os.environ.get(name, value)) for name, value in TORCHRUN.items())
     seconds = None if options.minutes is None else 60 * options.minutes
-    failures = sweep.run(
-        options.jobs, seconds=seconds, threads=options.threads, report=lambda line: print(line, flush=True)
-    )
+    with _terminated_as_interrupted():
+        failures = sweep.share(rank, world_size).run(
+            options.jobs,
+            seconds=seconds,
+            threads=options.threads,
+            slot=slot * options.jobs,
+            report=lambda line: print(line, flush=True),
+        )
+    if world_size > 1:
+        print(
+            f"process {rank} of {world_size} has done its share; when all have, fit and report with "
+            f"`openxlstm scaling sweep {sweep.directory}`"
+        )
+        return 1 if failures else 0
     left = len(sweep.unfinished())
     print(f"{len(sweep.runs) - left} of {len(sweep.runs)} runs finished, {time.monotonic() - start:.0f} s")
     with _warnings_as_notes():
@@ -269,6 +288,16 @@ def print_summary(results: Sequence[Any]) -> None:
             print(f"{result.family:<12} {name} exponent {law.exponent:.3f} (95 % {low:.3f} to {high:.3f})")
         if result.notes:
             print(f"{result.family:<12} {len(result.notes)} doubts: see the report")
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, with which torchrun and SLURM stop a process, end it as Ctrl-C does: runs save first."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,11 @@ def run(arguments: Sequence[str]) -> int:
     rest, overrides = take_overrides(arguments)
     wants_help = bool({"-h", "--help"} & set(rest))
     options = parse(_Help if wants_help else TrainOptions, rest, command="train", examples=EXAMPLES)
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"one process trains, torchrun started {processes}: use --nproc-per-node 1, or share the runs of "
+            "a study with `torchrun ... -m openxlstm.cli scaling sweep DIRECTORY`"
+        )
     recipe = read_recipe(options.recipe, overrides)
     if options.resume and "train.output" not in overrides:
         recipe = in_its_run(recipe, options.recipe.parent)

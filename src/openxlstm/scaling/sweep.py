@@ -5,7 +5,9 @@
     DIRECTORY/runs.csv              the finished runs, in the schema of openxlstm.scaling.data
 
 Each run is ``openxlstm train`` in its own process. A sweep can be stopped at any time (running processes save
-a checkpoint) and continues when it is started again; finished runs are not repeated.
+a checkpoint) and continues when it is started again; finished runs are not repeated. One process trains one
+run, so a cluster does many at once: under ``torchrun`` every process takes its share of the runs
+(:meth:`Sweep.share`), under SLURM every run is a task of an array.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from openxlstm.runtime import atomic_write_text
 from openxlstm.scaling.data import Table
 from openxlstm.scaling.design import PlannedRun, planned_run
 from openxlstm.training import read_log
 
-STEM = (sys.executable, "-m", "openxlstm.cli", "train")
+STEM = (sys.executable, "-m", "openxlstm.cli")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells its processes; the runs they start are on their own."""
 
 
 class Sweep:
@@ -107,7 +113,7 @@ class Sweep:
                 "validation_every": 0,
                 "validation_batches": 0,
                 "sample_every": 0,
-                "checkpoint_every": 0,
+                "checkpoint_every": 1000,
                 "log_every": max(1, run.steps // 100),
                 "output": str(self.path(run).absolute()),
                 "tensorboard": False,
@@ -155,30 +161,49 @@ class Sweep:
         atomic_write_text(self.directory / "runs.csv", table.to_csv(index=False))
         return table
 
+    def share(self, rank: int, world_size: int) -> Sweep:
+        """The runs of one of ``world_size`` processes: disjoint, of about equal cost, together all."""
+        ordered = sorted(self.runs, key=lambda run: run.flops)
+        return Sweep(self.directory, ordered[rank::world_size], self.data)
+
     def commands(self, launcher: str, jobs: int = 1) -> str:
         """Commands for the unfinished runs, for a shell, ``torchrun`` or SLURM.
 
         Args:
-            launcher: ``"shell"``, ``"torchrun"`` or ``"slurm"`` (an array job with at most ``jobs`` runs at a
-                time). Each run is one process, on one device.
+            launcher: ``"shell"``, one line per run; ``"torchrun"``, one line that starts ``jobs`` processes,
+                each with its share of the runs; ``"slurm"``, a script of an array job with at most ``jobs``
+                runs at a time. Each run is one process on one device.
             jobs: see ``launcher``.
 
         Raises:
             ValueError: another launcher.
         """
-        recipes = [shlex.quote(str(self.recipe_path(run))) for run in self.unfinished()]
+        unfinished = self.unfinished()
+        study = shlex.quote(str(self.directory))
         if launcher == "shell":
-            return "\n".join(f"openxlstm train {recipe}" for recipe in recipes)
+            return "\n".join(shlex.join(["openxlstm", *self._words(run)]) for run in unfinished)
         if launcher == "torchrun":
-            stem = "torchrun --standalone --nproc-per-node 1 -m openxlstm.cli train"  # one process trains
-            return "\n".join(f"{stem} {recipe}" for recipe in recipes)
+            stem = f"torchrun --standalone --nproc-per-node {jobs} -m openxlstm.cli scaling sweep"
+            return f"{stem} {study}" if unfinished else ""
         if launcher == "slurm":
             lines = ["#!/bin/bash", "#SBATCH --job-name=openxlstm-sweep", "#SBATCH --gres=gpu:1"]
-            lines.append(f"#SBATCH --array=0-{max(len(recipes) - 1, 0)}%{jobs}")
+            lines.append(f"#SBATCH --array=0-{max(len(unfinished) - 1, 0)}%{jobs}")
+            lines.append("#SBATCH --signal=TERM@120 --requeue   # saves two minutes before the time limit")
+            recipes = (shlex.quote(str(self.recipe_path(run).absolute())) for run in unfinished)
             lines += ["RECIPES=(", *(f"  {recipe}" for recipe in recipes), ")"]
-            lines.append('srun openxlstm train "${RECIPES[$SLURM_ARRAY_TASK_ID]}"')
+            lines.append('RECIPE="${RECIPES[$SLURM_ARRAY_TASK_ID]}"')
+            lines.append(
+                'if [ -n "$(ls "${RECIPE%.yaml}/checkpoints" 2>/dev/null)" ]; then RESUME=--resume; fi'
+            )
+            lines.append('srun openxlstm train "$RECIPE" ${RESUME:-}')
+            lines.append(f"# fits and report, at any time: openxlstm scaling sweep {study} --minutes 0")
             return "\n".join(lines)
         raise ValueError(f"unknown launcher {launcher!r}: use shell, torchrun or slurm")
+
+    def _words(self, run: PlannedRun) -> list[str]:
+        """Arguments of ``openxlstm`` that begin a run, or go on with it if it has saved."""
+        resume = any((self.path(run) / "checkpoints").glob("*"))
+        return ["train", str(self.recipe_path(run).absolute()), *(["--resume"] if resume else [])]
 
     def run(
         self,
@@ -186,6 +211,7 @@ class Sweep:
         *,
         seconds: float | None = None,
         threads: int = 1,
+        slot: int = 0,
         report: Callable[[str], None] = lambda _: None,
     ) -> list[str]:
         """Run what is not finished, ``jobs`` processes at a time, the cheapest runs first.
@@ -194,6 +220,7 @@ class Sweep:
             jobs: processes at a time.
             seconds: stop after this long: running processes save and end.
             threads: of each process.
+            slot: number of the first process on this machine; on several GPUs each takes the next one.
             report: called with a line per event.
 
         Returns:
@@ -201,16 +228,18 @@ class Sweep:
         """
         waiting = sorted(self.unfinished(), key=lambda run: run.flops)
         total, done, failures = len(self.runs), len(self.runs) - len(waiting), []
-        running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+        running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}
+        free = list(range(slot, slot + jobs))
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         try:
             while (waiting or running) and time.monotonic() < deadline:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running[self._start(run, threads)] = run
+                while waiting and free:
+                    run, place = waiting.pop(0), free.pop(0)
+                    running[self._start(run, environment(threads, place))] = run, place
                 finished = [process for process in running if process.poll() is not None]
                 for process in finished:
-                    run = running.pop(process)
+                    run, place = running.pop(process)
+                    free.append(place)
                     row = self.result(run)
                     if row is None:
                         failures.append(f"{run.name}: {self._last_words(run)}")
@@ -223,23 +252,30 @@ class Sweep:
         finally:
             for process in running:
                 process.send_signal(signal.SIGINT)
-            for process, run in running.items():
+            for process, (run, _) in running.items():
                 process.wait()
                 report(f"stopped   {run.name}")
         return failures
 
-    def _start(self, run: PlannedRun, threads: int) -> subprocess.Popen[bytes]:
-        resume = any((self.path(run) / "checkpoints").glob("*"))
-        if not resume:  # what a process left that was killed before its first checkpoint
+    def _start(self, run: PlannedRun, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        words = [*STEM, *self._words(run)]
+        if "--resume" not in words:  # what a process left that was killed before its first checkpoint
             shutil.rmtree(self.path(run), ignore_errors=True)
-        recipe = self.path(run) / "recipe.yaml" if resume else self.recipe_path(run)
-        words = [*STEM, str(recipe), *(["--resume"] if resume else [])]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with (self.directory / "runs" / f"{run.name}.err").open("wb") as errors:
             return subprocess.Popen(
-                words, stdout=errors, stderr=errors, env=environment, start_new_session=True
+                words, stdout=errors, stderr=errors, env=variables, start_new_session=True
             )
 
     def _last_words(self, run: PlannedRun) -> str:
         lines = (self.directory / "runs" / f"{run.name}.err").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "ended without a result"
+
+
+def environment(threads: int, slot: int) -> dict[str, str]:
+    """Variables of the process of a run: its threads, and of several GPUs the one of its ``slot``."""
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
+    if len(devices) > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    return variables | {"OMP_NUM_THREADS": str(threads)}

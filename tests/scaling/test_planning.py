@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,9 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--gpus", "8", "--hours", "72", "--device", "h100"]) == 0
     assert "3.00" in capsys.readouterr().out  # days
     assert main(["plan", "--flops", "1e24"]) == 0
-    assert "warnings" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "warnings" in out
+    assert len(re.findall(r"  xlstm, all: 1e\+24 FLOPs are 11.8 times the largest run", out)) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,9 +176,11 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
         (["--gpus", "8"], "give the budget"),
         (["--flops", "1e20", "--hours", "3"], "say the same thing"),
         (["--flops", "1e20", "--device", "h10"], "unknown device 'h10'"),
-        (["--gpus", "0", "--hours", "1"], "gpus must be positive"),
-        (["--gpus", "1", "--hours", "1", "--utilisation", "2"], "utilisation must lie in"),
-        (["--flops", "-1"], "positive number of FLOPs"),
+        (["--gpus", "0", "--hours", "1"], "--gpus must be positive"),
+        (["--gpus", "1", "--hours", "1", "--utilisation", "2"], "--utilisation must lie in"),
+        (["--flops", "-1"], "--flops must be a positive number of FLOPs"),
+        (["--flops", "1e20", "--context-length", "0"], "--context-length must be at least 1"),
+        (["--flops", "1e20", "--vocab-size", "1"], "--vocab-size must be at least 2"),
     ],
 )
 def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

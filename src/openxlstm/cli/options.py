@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -43,6 +43,19 @@ def parse(options: type[OptionsT], arguments: Sequence[str], *, command: str, ex
             raise
         sentence = _sentence(captured.getvalue()) + _nearest_option(options, captured.getvalue())
         raise ValueError(f"{sentence}; see `{program} --help`") from None
+
+
+@contextlib.contextmanager
+def naming_options(options: type) -> Iterator[None]:
+    """Let messages about a value, such as "batch_size must be ...", name the option it came from."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        name = message.partition(" must ")[0]
+        if name in {field.name for field in dataclasses.fields(options)}:
+            message = f"--{name.replace('_', '-')}{message.removeprefix(name)}"
+        raise ValueError(message) from None
 
 
 def _nearest_option(options: type, page: str) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openxlstm.cli.options import parse
+from openxlstm.cli.options import naming_options, parse
 
 if TYPE_CHECKING:
+    from openxlstm.models.accounting import Device
     from openxlstm.scaling.planning import Option
 
 EXAMPLES = """\
@@ -51,28 +52,21 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(PlanOptions, arguments, command="plan", examples=EXAMPLES)
     from openxlstm.models.accounting import find_device
     from openxlstm.scaling.laws import read_laws
-    from openxlstm.scaling.planning import budget_of, plan
+    from openxlstm.scaling.planning import plan
 
     device = find_device(options.device)
-    flops = options.flops
-    if flops is None:
-        if options.gpus is None or options.hours is None:
-            raise ValueError("give the budget: --flops 1e20, or --gpus 8 --hours 72")
-        flops = budget_of(options.gpus, options.hours, device, options.utilisation)
-    elif options.hours is not None:
-        raise ValueError("--hours and --flops say the same thing; give one of them")
-    elif options.gpus is not None:
-        budget_of(options.gpus, 1, device, options.utilisation)  # checks both
     laws, source = read_laws(options.laws)
-    families = plan(
-        flops,
-        laws,
-        device=device,
-        gpus=options.gpus,
-        utilisation=options.utilisation,
-        context_length=options.context_length,
-        vocab_size=options.vocab_size,
-    )
+    with naming_options(PlanOptions):
+        flops = _budget(options, device)
+        families = plan(
+            flops,
+            laws,
+            device=device,
+            gpus=options.gpus,
+            utilisation=options.utilisation,
+            context_length=options.context_length,
+            vocab_size=options.vocab_size,
+        )
     print(f"budget     {flops:.3g} FLOPs" + (f" on {options.gpus} {device.name}" if options.gpus else ""))
     print(f"laws       {source}")
     print(
@@ -81,10 +75,24 @@ def run(arguments: Sequence[str]) -> int:
     )
     for family, choices in families.items():
         print(f"\n{family}\n{table(choices, options.context_length)}")
-    notes = {note: None for choices in families.values() for option in choices for note in _notes(option)}
+    notes = [note for choices in families.values() for note in warnings_of(choices)]
     if notes:
         print("\nwarnings\n" + "\n".join(f"  {note}" for note in notes))
     return 0
+
+
+def _budget(options: PlanOptions, device: Device) -> float:
+    from openxlstm.scaling.planning import budget_of
+
+    if options.flops is None:
+        if options.gpus is None or options.hours is None:
+            raise ValueError("give the budget: --flops 1e20, or --gpus 8 --hours 72")
+        return budget_of(options.gpus, options.hours, device, options.utilisation)
+    if options.hours is not None:
+        raise ValueError("--hours and --flops say the same thing; give one of them")
+    if options.gpus is not None:
+        budget_of(options.gpus, 1, device, options.utilisation)  # checks both
+    return options.flops
 
 
 def table(options: Sequence[Option], context_length: int) -> str:
@@ -95,11 +103,10 @@ def table(options: Sequence[Option], context_length: int) -> str:
     ]  # fmt: skip
     rows = [head]
     for option in options:
-        label = "compute-optimal" if option.shrink == 1 else f"{option.shrink:g}x smaller"
         low, high = option.interval
         days = "-" if option.seconds is None else f"{option.seconds / 86400:.2f}"
         rows.append([
-            label, f"{option.num_params:.3g}", f"{option.num_tokens:.3g}", f"{option.ratio:.0f}",
+            _label(option), f"{option.num_params:.3g}", f"{option.num_tokens:.3g}", f"{option.ratio:.0f}",
             f"{option.loss:.3f}", f"{low:.3f}-{high:.3f}", days, f"{option.training_memory / 1e9:.1f}",
             f"{option.inference_memory / 1e9:.2f}", f"{option.state_memory / 1e6:.1f}",
             f"{option.prefill_seconds:.3g}", f"{option.step_seconds * 1e3:.3g}",
@@ -114,6 +121,17 @@ def table(options: Sequence[Option], context_length: int) -> str:
     return "\n".join(lines)
 
 
-def _notes(option: Option) -> list[str]:
-    label = "compute-optimal" if option.shrink == 1 else f"{option.shrink:g}x smaller"
-    return [f"{option.family}, {label}: {note}" for note in option.warnings]
+def warnings_of(options: Sequence[Option]) -> list[str]:
+    """The warnings of one family, each once, with the options it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for option in options:
+        for note in option.warnings:
+            concerned.setdefault(note, []).append(_label(option))
+    return [
+        f"{options[0].family}, {'all' if len(labels) == len(options) else ', '.join(labels)}: {note}"
+        for note, labels in concerned.items()
+    ]
+
+
+def _label(option: Option) -> str:
+    return "compute-optimal" if option.shrink == 1 else f"{option.shrink:g}x smaller"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from openxlstm.cli.options import parse
+from openxlstm.cli.options import naming_options, parse
 from openxlstm.config import nearest_name
 
 ACTIONS = {
@@ -235,16 +235,18 @@ def _study(options: SweepOptions) -> Any:
         return Sweep.open(options.directory)
     if not options.budgets or not options.data:
         raise ValueError("a new study needs both --data DIRECTORY and --budgets FLOPS ...")
-    runs = design(
-        options.budgets,
-        families=options.families,
-        sizes=options.sizes,
-        spread=options.spread,
-        ratios=options.ratios,
-        grid_sizes=options.grid_sizes,
-        vocab_size=TokenDataset.open(options.data).vocab_size,
-        context_length=options.context_length,
-    )
+    vocab_size = TokenDataset.open(options.data).vocab_size
+    with naming_options(SweepOptions):
+        runs = design(
+            options.budgets,
+            families=options.families,
+            sizes=options.sizes,
+            spread=options.spread,
+            ratios=options.ratios,
+            grid_sizes=options.grid_sizes,
+            vocab_size=vocab_size,
+            context_length=options.context_length,
+        )
     return Sweep.create(options.directory, runs, options.data)
 
 

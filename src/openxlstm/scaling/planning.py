@@ -118,12 +118,11 @@ def plan(
         ValueError: a budget that is not positive, or an unknown family.
     """
     if not 0 < flops < float("inf"):
-        raise ValueError(f"the budget must be a positive number of FLOPs, got {flops}")
+        raise ValueError(f"flops must be a positive number of FLOPs, got {flops}")
     _check_utilisation(utilisation)
-    if context_length < 1 or vocab_size < 2:
-        raise ValueError(
-            f"context_length must be at least 1 and vocab_size at least 2, got {context_length}, {vocab_size}"
-        )
+    for name, value, least in (("context_length", context_length, 1), ("vocab_size", vocab_size, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     result: dict[str, list[Option]] = {}
     for family, law in laws.items():
         ladder: list[tuple[float, int, float, Any]] = []
@@ -135,8 +134,8 @@ def plan(
         if best[1] in (ladder[0][1], ladder[-1][1]):
             edge = "smallest" if best[1] == ladder[0][1] else "largest"
             raise ValueError(
-                f"a budget of {flops:.3g} FLOPs asks for a {family} beyond the {edge} this planner knows "
-                f"({best[1]:.3g} parameters)"
+                f"{family}: a budget of {flops:.3g} FLOPs asks for a model beyond the {edge} this planner "
+                f"knows ({best[1]:.3g} parameters)"
             )
         chosen: dict[int, tuple[float, tuple[float, int, float, Any]]] = {}
         for shrink in shrinks:

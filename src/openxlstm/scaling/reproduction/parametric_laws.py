@@ -39,10 +39,13 @@ def fit_laws(report: Report, inputs: Inputs) -> list[Check]:
     rows = [_row(cell) for cell in cells]
     report.table((*columns, "largest difference of a predicted loss", "R²"), rows)
     _moved_points(report, [cell for cell in cells if cell.moved])
-    notes = [f"{cell.name}: {note}" for cell in cells for note in cell.fit.diagnostics()]
-    if notes:
-        report.text(f"Diagnostics ({len(notes)} remarks on {len(rows)} fits; the first 20):")
-        report.notes(notes[:20])
+    remarks: dict[str, list[str]] = {}
+    for cell in cells:
+        for note in cell.fit.diagnostics():
+            remarks.setdefault(note, []).append(cell.name)
+    if remarks:
+        report.text("What the data leave open:")
+        report.notes([f"{note} ({'; '.join(names)})" for note, names in remarks.items()])
     return _checks(cells)
 
 

@@ -1,10 +1,14 @@
-"""Backend ``native`` of the mLSTM over sequences: the chunkwise algorithm in C++, on CPUs, in float32.
+"""Backend ``native`` of the mLSTM over sequences: the chunkwise algorithm in C++, on CPUs.
 
 The mathematics of :mod:`openxlstm.ops.mlstm.chunkwise`, whose gate scalars, saved tensors and gradient
 formulas it shares. One task walks over the chunks of one head with the state beside the core: every tile of
-scores, decays and gradients lives in the cache and never reaches main memory. bfloat16 and float16 operands
-are widened on reading, which is exact. Results depend neither on the number of threads nor on the rest of the
-batch, bit for bit.
+scores, decays and gradients lives in the cache and never reaches main memory. Results depend neither on the
+number of threads nor on the rest of the batch, bit for bit.
+
+Arithmetic is float32, and float16 operands are widened on reading, which is exact. So are those in bfloat16,
+unless the processor multiplies bfloat16 itself (instruction set ``avx512_bf16``): then scores, weighed keys
+and the states that enter products are rounded to it, sums are float32, and so are gates and the states
+themselves.
 
 Not twice differentiable; the backend ``recurrent`` is.
 """
@@ -22,9 +26,9 @@ from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 from openxlstm.ops.native import loader
 
 
-def default_chunk_size(qk_dim: int, v_dim: int) -> int:
+def default_chunk_size(qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:
     """Longer chunks read and write states less often, shorter ones work less inside; both are whole tiles."""
-    return 96 if qk_dim * v_dim > 65536 else 48
+    return 96 if dtype == torch.bfloat16 or qk_dim * v_dim > 65536 else 48
 
 
 class _View(ctypes.Structure):
@@ -206,6 +210,7 @@ def native(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunkwise mLSTM; shapes and results as :func:`openxlstm.ops.mlstm.reference.recurrent`."""
-    size = max(1, min(chunk_size or default_chunk_size(q.shape[-1], v.shape[-1]), q.shape[1]))
+    size = chunk_size or default_chunk_size(q.shape[-1], v.shape[-1], q.dtype)
+    size = max(1, min(size, q.shape[1]))
     h, c, n, m, _, _ = _forward(q, k, v, i, f, c, n, m, reset, sigmoid, normalize, eps, size)
     return h, c, n, m

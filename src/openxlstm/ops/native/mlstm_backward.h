@@ -1,62 +1,78 @@
 // Exact backward pass of the chunkwise mLSTM; see mlstm_chunk.h.
 //
 // The states entering the chunks are rebuilt first and kept for the task's head only, transposed, because that is
-// how the gradients of queries need them; the state's gradient is transposed too, for the keys.
+// how the gradients of queries need them; the state's gradient is transposed too, for the keys. With pairs as units of
+// operands, everything that is multiplied is rounded to bfloat16, the kept states among it; the state that is carried
+// on and the state's gradient are float32.
 #pragma once
 
 #include "mlstm_chunk.h"
 
 namespace {
 
+template <class Unit>
 struct BackwardSpace {
-    int64_t wide, tall, state;         // floats of a row of q and k; of v; of one C^T
-    float *q, *k, *v, *y;              // rows
-    float *k_transposed, *v_transposed;
-    float *key_panels, *query_panels, *carried_panels;
-    float *scores, *d_scores, *d_values;
-    float *rho, *beta, *to_state, *arriving, *leaving;
-    float *dc, *dn, *states, *normalisers;
+    static constexpr bool ROUNDED = NUMBERS<Unit> > 1;
+    int64_t wide, tall, state;             // floats of a row of q and k; of v; of one C^T
+    int64_t value_columns, score_columns;  // numbers of a row
+    int64_t key_stride, value_stride, score_stride, state_stride;  // units of a row; of one C^T
+    Unit *q, *k, *v, *y, *v_stacked, *y_stacked;
+    Unit *k_transposed, *v_transposed;
+    Unit *key_panels, *query_panels, *carried_panels, *gradient_panel, *gradient_rows;
+    Unit *scores, *d_scores, *d_scores_stacked;  // scores are stacked
+    Unit *states;
+    float *d_values, *rho, *beta, *to_state, *arriving, *leaving;
+    float *running, *dc, *dn, *normalisers;
     int64_t floats;
 
     BackwardSpace(const oxl::Mlstm &a, float *memory) {
         Arena arena{memory};
-        const int64_t rows = whole_rows(a.chunk), columns = whole_columns(a.chunk);
+        const int64_t rows = whole_rows(a.chunk), columns = whole_columns(a.chunk), stacked = units<Unit>(rows);
         wide = whole_columns(a.dk), tall = whole_rows(a.dv), state = wide * tall;
-        q = arena.take(rows * wide);
-        k = arena.take(rows * wide);
-        v = arena.take(rows * tall);
-        y = arena.take(rows * tall);
-        k_transposed = arena.take(columns * a.dk);
-        v_transposed = arena.take(columns * a.dv);
-        key_panels = arena.take(a.chunk * wide);
-        query_panels = arena.take(a.chunk * wide);
-        carried_panels = arena.take(a.chunk * wide);
-        scores = arena.take(rows * score_stride(a));
-        d_scores = arena.take(rows * score_stride(a));
-        d_values = arena.take(tall * score_stride(a));
+        value_columns = whole_columns(tall), score_columns = ::score_columns(a);
+        key_stride = units<Unit>(wide), value_stride = units<Unit>(value_columns);
+        score_stride = units<Unit>(score_columns), state_stride = wide * units<Unit>(tall);
+        q = arena.take<Unit>(rows * key_stride);
+        k = arena.take<Unit>(rows * key_stride);
+        v = arena.take<Unit>(rows * value_stride);
+        y = arena.take<Unit>(rows * value_stride);
+        v_stacked = ROUNDED ? arena.take<Unit>(stacked * value_columns) : v;
+        y_stacked = ROUNDED ? arena.take<Unit>(stacked * value_columns) : y;
+        k_transposed = arena.take<Unit>(columns * units<Unit>(a.dk));
+        v_transposed = arena.take<Unit>(columns * units<Unit>(a.dv));
+        key_panels = arena.take<Unit>(stacked * wide);
+        query_panels = arena.take<Unit>(stacked * wide);
+        carried_panels = arena.take<Unit>(stacked * wide);
+        gradient_panel = ROUNDED ? arena.take<Unit>(units<Unit>(tall) * COLUMNS) : nullptr;
+        gradient_rows = ROUNDED ? arena.take<Unit>(ROWS * key_stride) : nullptr;
+        scores = arena.take<Unit>(stacked * score_columns);
+        d_scores = arena.take<Unit>(rows * score_stride);
+        d_scores_stacked = ROUNDED ? arena.take<Unit>(stacked * score_columns) : d_scores;
+        d_values = arena.take(value_columns * score_columns);
         rho = arena.take(rows + columns);
         beta = arena.take(rows + columns);
         to_state = arena.take(rows + columns);
         arriving = arena.take(rows * W);  // k . dk, a vector of parts for each row
         leaving = arena.take(rows * W);   // q . dq
+        running = ROUNDED ? arena.take(state) : nullptr;
         dc = arena.take(state);
         dn = arena.take(wide);
-        states = arena.take((a.chunks + 1) * state);
+        states = arena.take<Unit>((a.chunks + 1) * state_stride);
         normalisers = arena.take((a.chunks + 1) * wide);
         floats = arena.used;
     }
 };
 
+template <class Unit>
 struct Backward : Head {
-    BackwardSpace s;
-    int64_t length = 0, rows = 0, panel, across;
-    float scale;
+    static constexpr bool ROUNDED = BackwardSpace<Unit>::ROUNDED;
+    BackwardSpace<Unit> s;
+    int64_t length = 0, rows = 0, panel, state_panel, inner_keys, inner_values;
     bool starts_empty = false, flows_back = false;  // the first state is zero; the state's gradient is not
 
     Backward(const oxl::Mlstm &args, int64_t task, float *scratch)
-        : Head(args, task), s(args, scratch), scale(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(args.dk)))) {
-        panel = s.tall * COLUMNS, across = score_stride(a);
-    }
+        : Head(args, task), s(args, scratch), panel(s.tall * COLUMNS), state_panel(units<Unit>(s.tall) * COLUMNS),
+          inner_keys(units<Unit>(args.dk)), inner_values(units<Unit>(args.dv)) {}
 
     // C (DK, DV) to C^T in panels of keys.
     void pack_state(const float *c, float *to) const {
@@ -73,132 +89,181 @@ struct Backward : Head {
         }
     }
 
+    // The first state, as it is carried on and as it is kept.
+    void load_state() {
+        const float *c0 = a.c0 + pair * a.dk * a.dv;
+        if constexpr (ROUNDED) {
+            pack_state(c0, s.running);
+            for (int64_t p = 0; p < s.wide / COLUMNS; ++p)
+                stack(s.running + p * panel, s.tall, COLUMNS, COLUMNS, nullptr, s.states + p * state_panel, COLUMNS);
+        } else {
+            pack_state(c0, s.states);
+        }
+        for (int64_t d = 0; d < s.wide; ++d) s.normalisers[d] = d < a.dk ? a.n0[pair * a.dk + d] : 0.0f;
+    }
+
     OXL_PHASE void begin(int64_t chunk) {
         length = Head::length(chunk), rows = whole_rows(length);
         const float *carry = scalars(a.carry_in, chunk), *leave = scalars(a.to_state, chunk);
         for (int64_t t = 0; t < rows || t < whole_columns(length); ++t) {
-            s.beta[t] = t < length ? carry[t] : 0.0f;
+            s.beta[t] = t < length ? carry[t] * scale : 0.0f;
             s.to_state[t] = t < length ? leave[t] : 0.0f;
         }
-        read(a.k, chunk, a.dk, 1.0f, s.k, s.wide);
-        read(a.v, chunk, a.dv, 1.0f, s.v, s.tall);
+        read(a.k, chunk, a.dk, s.k, s.key_stride);
+        read(a.v, chunk, a.dv, s.v, s.value_stride);
     }
 
     // The state leaving a chunk from the one entering it.
     OXL_PHASE void advance(int64_t chunk) {
         begin(chunk);
         const float kept = keep(chunk);
-        const int64_t span = length * COLUMNS, panels = s.wide / COLUMNS;
-        pack_panels(s.k, length, s.wide, s.wide, s.to_state, s.key_panels, span);
-        const float *before = s.states + chunk * s.state, *n = s.normalisers + chunk * s.wide;
-        float *after = s.states + (chunk + 1) * s.state, *next = s.normalisers + (chunk + 1) * s.wide;
+        const int64_t span = units<Unit>(length) * COLUMNS, panels = s.wide / COLUMNS;
+        stack_panels(s.k, length, s.wide, s.key_stride, s.to_state, s.key_panels, span);
+        if constexpr (ROUNDED) stack(s.v, length, s.value_columns, s.value_stride, nullptr, s.v_stacked, s.value_columns);
+        Unit *after = s.states + (chunk + 1) * s.state_stride;
         for (int64_t p = 0; p < panels; ++p) {
             for (int64_t e = 0; e < s.tall; e += ROWS) {
                 const int64_t at = p * panel + e * COLUMNS;
                 Tile tile;
-                tile.read(before + at, COLUMNS, kept);
-                tile.multiply(s.v + e, 1, s.tall, s.key_panels + p * span, COLUMNS, length);
-                tile.write(after + at, COLUMNS);
+                if constexpr (ROUNDED)
+                    tile.read(s.running + at, COLUMNS, kept);
+                else
+                    tile.read(s.states + chunk * s.state_stride + at, COLUMNS, kept);
+                tile.multiply(s.v_stacked + e, 1, s.value_columns, s.key_panels + p * span, COLUMNS, units<Unit>(length));
+                if constexpr (ROUNDED) tile.write(s.running + at, COLUMNS);
+                tile.write_stacked(after + p * state_panel + units<Unit>(e) * COLUMNS, COLUMNS);
             }
             prefetch(a.k, chunk + 1, a.dk, p, panels);
             prefetch(a.v, chunk + 1, a.dv, p, panels);
         }
-        for (int64_t d = 0; d < s.wide; ++d) next[d] = n[d] * kept;
-        for (int64_t t = 0; t < length; ++t)
-            for (int64_t d = 0; d < s.wide; ++d) next[d] += s.k[t * s.wide + d] * s.to_state[t];
+        const float *n = s.normalisers + chunk * s.wide;
+        float *next = s.normalisers + (chunk + 1) * s.wide;
+        for (int64_t d = 0; d < s.wide; d += W) {
+            vf total = load(n + d) * kept;
+            for (int64_t t = 0; t < length; ++t) total += numbers(s.k + t * s.key_stride, d) * s.to_state[t];
+            store(next + d, total);
+        }
     }
 
     // y = dh / den and rho, the gradients of numerator and normaliser; zero without a gradient of h.
     OXL_PHASE void load_outputs(int64_t chunk) {
         const int64_t at = pair * a.time + chunk * a.chunk;
         __builtin_memset(s.rho, 0, sizeof(float) * rows);
-        if (!a.dh.data) {
-            __builtin_memset(s.y, 0, sizeof(float) * rows * s.tall);
-            for (int64_t t = 0; t < length; ++t) a.path[at + t] = 0.0;
-            return;
-        }
-        read(a.dh, chunk, a.dv, 1.0f, s.y, s.tall);
-        read(a.h_view, chunk, a.dv, 1.0f, s.d_values, s.tall);
+        __builtin_memset(s.y, 0, sizeof(Unit) * rows * s.value_stride);
         for (int64_t t = 0; t < length; ++t) {
-            float *y = s.y + t * s.tall;
-            const float *h = s.d_values + t * s.tall, divisor = a.den[at + t], r = a.r[at + t];
-            vf dot = {};
-            for (int64_t e = 0; e < a.dv; e += W) {
-                const vf value = load(y + e, a.dv - e) / divisor;
-                store(y + e, value, a.dv - e);
-                dot += value * load(h + e, a.dv - e);
-            }
-            const float along = a.normalize ? sum(dot) : 0.0f;  // dh . h / den
+            float along = 0.0f;  // dh . h / den
+            if (a.dh.data) along = a.bfloat16 ? load_output<bf16>(chunk, t) : load_output<float>(chunk, t);
+            if (!a.normalize) along = 0.0f;
+            const float r = a.r[at + t];
             const bool inside = a.normalize && __builtin_fabsf(r) > a.floor[at + t];
             s.rho[t] = inside ? (r < 0 ? along : -along) : 0.0f;
             a.path[at + t] = static_cast<double>(along) * -static_cast<double>(a.eps);
         }
+        if constexpr (ROUNDED) stack(s.y, length, s.value_columns, s.value_stride, nullptr, s.y_stacked, s.value_columns);
+    }
+
+    template <class Number>
+    OXL_INLINE float load_output(int64_t chunk, int64_t t) {
+        prefetch_row<Number>(a.dh, chunk, t, a.dv);
+        prefetch_row<Number>(a.h_view, chunk, t, a.dv);
+        const Number *dh = row<Number>(a.dh, chunk, t), *h = row<Number>(a.h_view, chunk, t);
+        const float factor = 1.0f / a.den[pair * a.time + chunk * a.chunk + t];
+        vf dot = {};
+        for (int64_t e = 0; e < a.dv; e += W) {
+            const vf value = load(dh + e, a.dv - e) * factor;
+            put(s.y + t * s.value_stride, e, value);
+            dot += value * load(h + e, a.dv - e);
+        }
+        return sum(dot);
     }
 
     // Scores and their gradients, both times the decays, in the causal half.
     OXL_PHASE void load_scores(int64_t chunk) {
-        pack_transposed(s.k, length, a.dk, s.wide, s.k_transposed, a.dk * COLUMNS);
-        pack_transposed(s.v, length, a.dv, s.tall, s.v_transposed, a.dv * COLUMNS);
+        transpose_panels(s.k, length, inner_keys, s.key_stride, s.k_transposed, inner_keys * COLUMNS);
+        transpose_panels(s.v, length, inner_values, s.value_stride, s.v_transposed, inner_values * COLUMNS);
+        float held[ROWS * COLUMNS];
         for (int64_t row = 0; row < rows; row += ROWS)
             for (int64_t first = 0; first < length; first += COLUMNS) {
-                const int64_t to = row * across + first;
                 Tile score, gradient;
                 score.clear();
                 gradient.clear();
                 if (first < row + ROWS) {
-                    score.multiply(s.q + row * s.wide, s.wide, 1, s.k_transposed + first * a.dk, COLUMNS, a.dk);
-                    score.write(s.scores + to, across);
-                    gradient.multiply(s.y + row * s.tall, s.tall, 1, s.v_transposed + first * a.dv, COLUMNS, a.dv);
+                    score.multiply(s.q + row * s.key_stride, s.key_stride, 1, s.k_transposed + first * inner_keys, COLUMNS,
+                                   inner_keys);
+                    score.write(held, COLUMNS);
+                    gradient.multiply(s.y + row * s.value_stride, s.value_stride, 1, s.v_transposed + first * inner_values,
+                                      COLUMNS, inner_values);
                     for (int r = 0; r < ROWS && row + r < length; ++r) {
                         vf kept[VECTORS];
                         for (int c = 0; c < VECTORS; ++c) {
                             gradient.at[r][c] += s.rho[row + r];
-                            kept[c] = load(s.scores + to + r * across + c * W);
+                            kept[c] = load(held + r * COLUMNS + c * W);
                         }
                         decay(chunk, row + r, first, kept, gradient.at[r]);
-                        for (int c = 0; c < VECTORS; ++c) store(s.scores + to + r * across + c * W, kept[c]);
+                        for (int c = 0; c < VECTORS; ++c) store(held + r * COLUMNS + c * W, kept[c]);
                     }
-                } else {
-                    score.write(s.scores + to, across);
+                    score.read(held, COLUMNS, 1.0f);
                 }
-                gradient.write(s.d_scores + to, across);
+                const int64_t stacked = units<Unit>(row) * s.score_columns + first;
+                score.write_stacked(s.scores + stacked, s.score_columns);
+                gradient.write_rows(s.d_scores + row * s.score_stride + units<Unit>(first), s.score_stride);
+                if constexpr (ROUNDED) gradient.write_stacked(s.d_scores_stacked + stacked, s.score_columns);
             }
     }
 
     OXL_PHASE void values(int64_t chunk) {
-        for (int64_t e = 0; e < s.tall; e += ROWS)
+        const int64_t inner = units<Unit>(length);
+        for (int64_t e = 0; e < s.tall; e += ROWS) {
+            if constexpr (ROUNDED)
+                if (flows_back) round_rows(e);
             for (int64_t first = 0; first < length; first += COLUMNS) {
-                const float *keys = s.k_transposed + first * a.dk;
+                const Unit *keys = s.k_transposed + first * inner_keys;
                 Tile tile;
                 tile.clear();
-                for (int64_t d = 0; d < a.dk && flows_back; d += COLUMNS) {
-                    const int64_t count = a.dk - d < COLUMNS ? a.dk - d : COLUMNS;
-                    tile.multiply(s.dc + d / COLUMNS * panel + e * COLUMNS, COLUMNS, 1, keys + d * COLUMNS, COLUMNS, count);
+                if (!flows_back) {
+                } else if constexpr (ROUNDED) {
+                    tile.multiply(s.gradient_rows, s.key_stride, 1, keys, COLUMNS, inner_keys);
+                } else {
+                    for (int64_t d = 0; d < a.dk; d += COLUMNS) {
+                        const int64_t count = a.dk - d < COLUMNS ? a.dk - d : COLUMNS;
+                        tile.multiply(s.dc + d / COLUMNS * panel + e * COLUMNS, COLUMNS, 1, keys + d * COLUMNS, COLUMNS, count);
+                    }
                 }
                 tile.scale_columns(s.to_state + first);
-                tile.multiply(s.y + first * s.tall + e, 1, s.tall, s.scores + first * across + first, across,
-                              length - first);
-                tile.write(s.d_values + e * across + first, across);
+                const int64_t above = units<Unit>(first);
+                tile.multiply(s.y_stacked + above * s.value_columns + e, 1, s.value_columns,
+                              s.scores + above * s.score_columns + first, s.score_columns, inner - above);
+                tile.write(s.d_values + e * s.score_columns + first, s.score_columns);
             }
-        float row[64];
-        for (int64_t t = 0; t < length; ++t)
-            for (int64_t first = 0; first < a.dv; first += 64) {
-                const int64_t count = a.dv - first < 64 ? a.dv - first : 64;
-                for (int64_t e = 0; e < count; ++e) row[e] = s.d_values[(first + e) * across + t];
-                write(a.dv_out, chunk * a.chunk + t, a.dv, first, row, count);
+        }
+        for (int64_t first = 0; first < length; first += W)
+            for (int64_t e = 0; e < a.dv; e += COLUMNS) {
+                float there[W * COLUMNS];
+                for (int64_t c = 0; c < COLUMNS; c += W)
+                    transpose(s.d_values + (e + c) * s.score_columns + first, s.score_columns, W, W, there + c, COLUMNS);
+                const int64_t left = a.dv - e;
+                for (int64_t t = 0; t < W && first + t < length; ++t)
+                    write(a.dv_out, chunk * a.chunk + first + t, a.dv, e, there + t * COLUMNS, left < COLUMNS ? left : COLUMNS);
             }
+    }
+
+    // Rows e .. e + ROWS of the state's gradient as an operand in rows.
+    OXL_INLINE void round_rows(int64_t e) {
+        for (int64_t d = 0; d < s.wide; d += W)
+            for (int64_t r = 0; r < ROWS; ++r)
+                put(s.gradient_rows + r * s.key_stride, d, load(s.dc + d / COLUMNS * panel + (e + r) * COLUMNS + d % COLUMNS));
     }
 
     // Gradients of keys and queries, and the state's gradient carried to before the chunk, one panel of keys at a time.
     void keys_and_queries(int64_t chunk) {
-        const int64_t span = length * COLUMNS, panels = s.wide / COLUMNS;
-        pack_panels(s.k, length, s.wide, s.wide, nullptr, s.key_panels, span);
-        pack_panels(s.q, length, s.wide, s.wide, nullptr, s.query_panels, span);
-        pack_panels(s.q, length, s.wide, s.wide, s.beta, s.carried_panels, span);
+        const int64_t span = units<Unit>(length) * COLUMNS, panels = s.wide / COLUMNS;
+        stack_panels(s.k, length, s.wide, s.key_stride, nullptr, s.key_panels, span);
+        stack_panels(s.q, length, s.wide, s.key_stride, nullptr, s.query_panels, span);
+        stack_panels(s.q, length, s.wide, s.key_stride, s.beta, s.carried_panels, span);
         __builtin_memset(s.arriving, 0, sizeof(float) * rows * W);
         __builtin_memset(s.leaving, 0, sizeof(float) * rows * W);
         for (int64_t p = 0; p < panels; ++p) {
-            keys(p);
+            keys(chunk, p);
             queries(chunk, p);
             carry(chunk, p);
             prefetch(a.q, chunk - 1, a.dk, p, panels);
@@ -207,88 +272,111 @@ struct Backward : Head {
             prefetch(a.dh, chunk - 1, a.dv, p, panels);
             prefetch(a.h_view, chunk - 1, a.dv, p, panels);
         }
-        write(a.dk_out, chunk, a.dk, s.k, s.wide);
-        write(a.dq_out, chunk, a.dk, s.q, s.wide);
         const int64_t at = pair * a.time + chunk * a.chunk, slot = (pair * a.chunks + chunk) * a.chunk;
         for (int64_t t = 0; t < length; ++t) {
-            const double arrives = sum(load(s.arriving + t * W)), leaves = sum(load(s.leaving + t * W)) / scale;
+            const double arrives = sum(load(s.arriving + t * W)), leaves = sum(load(s.leaving + t * W));
             a.di[at + t] = arrives;
             a.row_flow[slot + t] = leaves - arrives;
         }
         for (int64_t t = length; t < a.chunk; ++t) a.row_flow[slot + t] = 0.0;
     }
 
-    OXL_PHASE void keys(int64_t p) {
-        const int64_t first = p * COLUMNS;
-        const float *dc = s.dc + p * panel;
+    // Panel p of the state's gradient as an operand.
+    const Unit *operand(const float *gradient) {
+        if constexpr (ROUNDED) {
+            stack(gradient, s.tall, COLUMNS, COLUMNS, nullptr, s.gradient_panel, COLUMNS);
+            return s.gradient_panel;
+        } else {
+            return gradient;
+        }
+    }
+
+    OXL_PHASE void keys(int64_t chunk, int64_t p) {
+        const int64_t first = p * COLUMNS, span = units<Unit>(length) * COLUMNS;
+        const Unit *dc = flows_back ? operand(s.dc + p * panel) : nullptr;
         for (int64_t row = 0; row < rows; row += ROWS) {
+            const int64_t above = units<Unit>(row);
             Tile tile;
             tile.clear();
-            if (flows_back) tile.multiply(s.v + row * s.tall, s.tall, 1, dc, COLUMNS, a.dv);
+            if (flows_back) tile.multiply(s.v + row * s.value_stride, s.value_stride, 1, dc, COLUMNS, inner_values);
             for (int c = 0; c < VECTORS; ++c)
                 for (int r = 0; r < ROWS; ++r) tile.at[r][c] += load(s.dn + first + c * W);
             tile.scale_rows(s.to_state + row);
-            tile.multiply(s.d_scores + row * across + row, 1, across, s.query_panels + (p * length + row) * COLUMNS,
-                          COLUMNS, length - row);
-            replace(s.k, row, first, tile, s.arriving);
+            tile.multiply(s.d_scores_stacked + above * s.score_columns + row, 1, s.score_columns,
+                          s.query_panels + p * span + above * COLUMNS, COLUMNS, units<Unit>(length) - above);
+            finish(a.dk_out, chunk, s.k, row, first, tile, s.arriving);
         }
     }
 
     OXL_PHASE void queries(int64_t chunk, int64_t p) {
-        const int64_t first = p * COLUMNS;
-        const float *c = s.states + chunk * s.state + p * panel, *n = s.normalisers + chunk * s.wide + first;
+        const int64_t first = p * COLUMNS, span = units<Unit>(length) * COLUMNS;
+        const Unit *c = s.states + chunk * s.state_stride + p * state_panel;
+        const float *n = s.normalisers + chunk * s.wide + first;
         for (int64_t row = 0; row < rows; row += ROWS) {
             Tile tile;
             tile.clear();
-            if (chunk > 0 || !starts_empty) tile.multiply(s.y + row * s.tall, s.tall, 1, c, COLUMNS, a.dv);
+            if (chunk > 0 || !starts_empty)
+                tile.multiply(s.y + row * s.value_stride, s.value_stride, 1, c, COLUMNS, inner_values);
             for (int r = 0; r < ROWS; ++r)
                 for (int e = 0; e < VECTORS; ++e) tile.at[r][e] += load(n + e * W) * s.rho[row + r];
             tile.scale_rows(s.beta + row);
             const int64_t until = row + ROWS < length ? row + ROWS : length;
-            tile.multiply(s.d_scores + row * across, across, 1, s.key_panels + p * length * COLUMNS, COLUMNS, until);
-            for (int r = 0; r < ROWS; ++r)
-                for (int e = 0; e < VECTORS; ++e) tile.at[r][e] *= scale;
-            replace(s.q, row, first, tile, s.leaving);
+            tile.multiply(s.d_scores + row * s.score_stride, s.score_stride, 1, s.key_panels + p * span, COLUMNS,
+                          units<Unit>(until));
+            finish(a.dq_out, chunk, s.q, row, first, tile, s.leaving);
         }
     }
 
     OXL_PHASE void carry(int64_t chunk, int64_t p) {
-        const float kept = keep(chunk), *carried = s.carried_panels + p * length * COLUMNS;
+        const float kept = keep(chunk);
+        const int64_t inner = units<Unit>(length);
+        const Unit *carried = s.carried_panels + p * inner * COLUMNS;
         float *dc = s.dc + p * panel, *dn = s.dn + p * COLUMNS;
         for (int64_t e = 0; e < s.tall; e += ROWS) {
             Tile tile;
             tile.read(dc + e * COLUMNS, COLUMNS, kept);
-            tile.multiply(s.y + e, 1, s.tall, carried, COLUMNS, length);
+            tile.multiply(s.y_stacked + e, 1, s.value_columns, carried, COLUMNS, inner);
             tile.write(dc + e * COLUMNS, COLUMNS);
         }
         for (int c = 0; c < VECTORS; ++c) {
             vf total = load(dn + c * W) * kept;
-            for (int64_t t = 0; t < length; ++t) total += load(carried + t * COLUMNS + c * W) * s.rho[t];
+            for (int64_t u = 0; u < inner; ++u) {
+                vf part[NUMBERS<Unit>];
+                unstack(carried + u * COLUMNS + c * W, part);
+                for (int n = 0; n < NUMBERS<Unit>; ++n) total += part[n] * s.rho[u * NUMBERS<Unit> + n];
+            }
             store(dn + c * W, total);
         }
     }
 
-    // Put a tile of gradients in the place of the queries or keys it belongs to, and add its products with them.
-    OXL_INLINE void replace(float *x, int64_t row, int64_t first, const Tile &tile, float *dots) const {
+    // Write a tile of gradients, and add its products with the queries or keys it belongs to.
+    OXL_INLINE void finish(void *out, int64_t chunk, const Unit *x, int64_t row, int64_t first, const Tile &tile,
+                           float *dots) const {
         for (int r = 0; r < ROWS; ++r) {
             vf dot = load(dots + (row + r) * W);
-            for (int c = 0; c < VECTORS; ++c) dot += tile.at[r][c] * load(x + (row + r) * s.wide + first + c * W);
+            for (int c = 0; c < VECTORS; ++c) dot += tile.at[r][c] * numbers(x + (row + r) * s.key_stride, first + c * W);
             store(dots + (row + r) * W, dot);
+            if (row + r < length) write(out, chunk * a.chunk + row + r, a.dk, first, tile.at[r]);
         }
-        tile.write(x + row * s.wide + first, s.wide);
     }
 
-    // <C, dC> + n . dn, each panel row summed on its own
+    // <C, dC> + n . dn, each panel summed on its own
     OXL_PHASE double inner(int64_t chunk) const {
-        const float *c = s.states + chunk * s.state, *n = s.normalisers + chunk * s.wide;
+        constexpr int64_t N = NUMBERS<Unit>;
+        const float *n = s.normalisers + chunk * s.wide;
         double total = 0.0;
-        for (int64_t e = 0; e < s.state; e += panel) {
-            vf part[4] = {};
-            for (int64_t at = 0; at + 4 * W <= panel; at += 4 * W)
-                for (int u = 0; u < 4; ++u) part[u] += load(c + e + at + u * W) * load(s.dc + e + at + u * W);
-            for (int64_t at = panel / (4 * W) * (4 * W); at < panel; at += W)
-                part[0] += load(c + e + at) * load(s.dc + e + at);
-            for (int u = 0; u < 4; ++u) total += sum(part[u]);
+        for (int64_t p = 0; p < s.wide / COLUMNS; ++p) {
+            const Unit *c = s.states + chunk * s.state_stride + p * state_panel;
+            const float *dc = s.dc + p * panel;
+            vf part[VECTORS][N] = {};
+            for (int64_t u = 0; u < units<Unit>(s.tall); ++u)
+                for (int e = 0; e < VECTORS; ++e) {
+                    vf x[N];
+                    unstack(c + u * COLUMNS + e * W, x);
+                    for (int64_t k = 0; k < N; ++k) part[e][k] += x[k] * load(dc + (u * N + k) * COLUMNS + e * W);
+                }
+            for (const auto &column : part)
+                for (const vf &sums : column) total += sum(sums);
         }
         vf part = {};
         for (int64_t d = 0; d < s.wide; d += W) part += load(n + d) * load(s.dn + d);
@@ -297,9 +385,8 @@ struct Backward : Head {
 
     void run() {
         const int64_t size = a.dk * a.dv;
-        pack_state(a.c0 + pair * size, s.states);
         starts_empty = !occupied(a.c0 + pair * size, size), flows_back = a.dc_last != nullptr;
-        for (int64_t d = 0; d < s.wide; ++d) s.normalisers[d] = d < a.dk ? a.n0[pair * a.dk + d] : 0.0f;
+        load_state();
         const bool last = a.dc_last || a.dn_last;
         for (int64_t chunk = 0; chunk + !last < a.chunks; ++chunk) advance(chunk);
         __builtin_memset(s.dc, 0, sizeof(float) * s.state);
@@ -309,7 +396,7 @@ struct Backward : Head {
         for (int64_t chunk = a.chunks; chunk-- > 0;) {
             a.chunk_flow[pair * a.chunks + chunk] = flow;
             begin(chunk);
-            read(a.q, chunk, a.dk, scale, s.q, s.wide);
+            read(a.q, chunk, a.dk, s.q, s.key_stride);
             load_outputs(chunk);
             load_scores(chunk);
             values(chunk);
@@ -323,8 +410,18 @@ struct Backward : Head {
     }
 };
 
-void mlstm_backward(const oxl::Mlstm &a, int64_t task, float *scratch) { Backward(a, task, scratch).run(); }
+void mlstm_backward(const oxl::Mlstm &a, int64_t task, float *scratch) {
+#if defined(OXL_PAIRS)
+    if (a.bfloat16) return Backward<Pair>(a, task, scratch).run();
+#endif
+    Backward<float>(a, task, scratch).run();
+}
 
-int64_t mlstm_backward_scratch(const oxl::Mlstm &a) { return BackwardSpace(a, nullptr).floats; }
+int64_t mlstm_backward_scratch(const oxl::Mlstm &a) {
+#if defined(OXL_PAIRS)
+    if (a.bfloat16) return BackwardSpace<Pair>(a, nullptr).floats;
+#endif
+    return BackwardSpace<float>(a, nullptr).floats;
+}
 
 }  // namespace

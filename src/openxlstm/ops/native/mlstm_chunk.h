@@ -16,20 +16,21 @@ struct Arena {
     float *base;
     int64_t used = 0;
 
-    float *take(int64_t floats) {
+    template <class Unit = float>  // all units are as large as a float
+    Unit *take(int64_t count) {
         float *part = base ? base + used : nullptr;
-        used += oxl::round_up(floats, 16);
-        return part;
+        used += oxl::round_up(count, 16);
+        return reinterpret_cast<Unit *>(part);
     }
 };
 
-// Distance between rows of the scores: whole tiles in both directions.
-inline int64_t score_stride(const oxl::Mlstm &a) { return whole_columns(whole_rows(a.chunk)); }
+// Columns of the scores: whole tiles in both directions.
+inline int64_t score_columns(const oxl::Mlstm &a) { return whole_columns(whole_rows(a.chunk)); }
 
-// n numbers times a factor, from one type to another.
+// n numbers from one type to another.
 template <class From, class To>
-inline void scale(const From *from, int64_t n, float factor, To *to) {
-    for (int64_t c = 0; c < n; c += W) store(to + c, load(from + c, n - c) * factor, n - c);
+inline void copy(const From *from, int64_t n, To *to) {
+    for (int64_t c = 0; c < n; c += W) store(to + c, load(from + c, n - c), n - c);
 }
 
 constexpr int64_t AHEAD = 4;  // rows
@@ -44,29 +45,51 @@ inline bool occupied(const float *state, int64_t floats) {
 struct Head {
     const oxl::Mlstm &a;
     int64_t pair, batch, head;
+    float scale;  // of the products of queries and keys
 
     Head(const oxl::Mlstm &args, int64_t which)
-        : a(args), pair(which), batch(which / args.heads), head(which % args.heads) {}
+        : a(args), pair(which), batch(which / args.heads), head(which % args.heads),
+          scale(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(args.dk)))) {}
 
     int64_t length(int64_t chunk) const {
         const int64_t left = a.time - chunk * a.chunk;
         return left < a.chunk ? left : a.chunk;
     }
-    // Rows of a chunk in float32, `stride` floats apart, times a factor; padded with zeros to whole tiles both ways.
-    void read(const oxl::View &x, int64_t chunk, int64_t columns, float factor, float *to, int64_t stride) const {
-        const int64_t rows = length(chunk), size = a.bfloat16 ? 2 : 4;
-        const char *from = static_cast<const char *>(x.data) + (batch * x.b + chunk * a.chunk * x.t + head * x.h) * size;
-        for (int64_t r = 0; r < rows; ++r, from += x.t * size, to += stride) {
-            // rows lie far apart, so the processor does not see the next one coming
-            if (r + AHEAD < rows)
-                for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(from + AHEAD * x.t * size + at);
-            if (a.bfloat16)
-                scale(reinterpret_cast<const bf16 *>(from), columns, factor, to);
-            else
-                scale(reinterpret_cast<const float *>(from), columns, factor, to);
-            for (int64_t c = columns; c < stride; ++c) to[c] = 0.0f;
+    // Row r of a chunk where it lies.
+    template <class Number>
+    const Number *row(const oxl::View &x, int64_t chunk, int64_t r) const {
+        return static_cast<const Number *>(x.data) + batch * x.b + (chunk * a.chunk + r) * x.t + head * x.h;
+    }
+    // Fetch the row that is read AHEAD rows later: rows lie far apart, so the processor does not see it coming.
+    template <class Number>
+    void prefetch_row(const oxl::View &x, int64_t chunk, int64_t r, int64_t columns) const {
+        if (r + AHEAD >= length(chunk)) return;
+        const char *next = reinterpret_cast<const char *>(row<Number>(x, chunk, r + AHEAD));
+        for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(Number)); at += 64) __builtin_prefetch(next + at);
+    }
+    // Rows of a chunk as an operand in rows, `stride` units apart; padded with zeros to whole tiles both ways.
+    template <class Unit>
+    void read(const oxl::View &x, int64_t chunk, int64_t columns, Unit *to, int64_t stride) const {
+        if (a.bfloat16)
+            read_from<bf16>(x, chunk, columns, to, stride);
+        else
+            read_from<float>(x, chunk, columns, to, stride);
+    }
+    template <class Number, class Unit>
+    void read_from(const oxl::View &x, int64_t chunk, int64_t columns, Unit *to, int64_t stride) const {
+        const int64_t rows = length(chunk);
+        for (int64_t r = 0; r < rows; ++r, to += stride) {
+            prefetch_row<Number>(x, chunk, r, columns);
+            const Number *from = row<Number>(x, chunk, r);
+            if constexpr (NUMBERS<Unit> == 1) {
+                copy(from, columns, to);
+                for (int64_t c = columns; c < stride; ++c) to[c] = 0.0f;
+            } else {
+                __builtin_memcpy(to, from, sizeof(Number) * columns);
+                __builtin_memset(reinterpret_cast<Number *>(to) + columns, 0, sizeof(Unit) * stride - sizeof(Number) * columns);
+            }
         }
-        __builtin_memset(to, 0, sizeof(float) * (whole_rows(rows) - rows) * stride);
+        __builtin_memset(to, 0, sizeof(Unit) * (whole_rows(rows) - rows) * stride);
     }
     // Fetch share `part` of `parts` of the rows of a chunk that is read next, while the core is busy with products.
     void prefetch(const oxl::View &x, int64_t chunk, int64_t columns, int64_t part, int64_t parts) const {
@@ -80,19 +103,24 @@ struct Head {
     void write(void *out, int64_t t, int64_t width, int64_t first, const float *from, int64_t columns) const {
         const int64_t at = ((batch * a.time + t) * a.heads + head) * width + first;
         if (a.bfloat16)
-            scale(from, columns, 1.0f, static_cast<bf16 *>(out) + at);
+            copy(from, columns, static_cast<bf16 *>(out) + at);
         else
-            scale(from, columns, 1.0f, static_cast<float *>(out) + at);
+            copy(from, columns, static_cast<float *>(out) + at);
     }
-    // The rows of a chunk of such an output.
-    void write(void *out, int64_t chunk, int64_t columns, const float *from, int64_t stride) const {
-        const int64_t rows = length(chunk);
-        for (int64_t r = 0; r < rows; ++r) write(out, chunk * a.chunk + r, columns, 0, from + r * stride, columns);
+    // One row of a tile into such a row.
+    OXL_INLINE void write(void *out, int64_t t, int64_t width, int64_t first, const vf (&from)[VECTORS]) const {
+        const int64_t at = ((batch * a.time + t) * a.heads + head) * width + first;
+        for (int64_t c = 0; c < VECTORS && first + c * W < width; ++c)
+            if (a.bfloat16)
+                store(static_cast<bf16 *>(out) + at + c * W, from[c], width - first - c * W);
+            else
+                store(static_cast<float *>(out) + at + c * W, from[c], width - first - c * W);
     }
     const float *scalars(const float *x, int64_t chunk) const { return x + (pair * a.chunks + chunk) * a.chunk; }
     float keep(int64_t chunk) const { return a.keep[pair * a.chunks + chunk]; }
 
-    // Multiply a row of scores, columns first .. first + COLUMNS, by its decays; zero where nothing may pass.
+    // Multiply a row of scores, columns first .. first + COLUMNS, by its decays and the scale of scores; zero where nothing
+    // may pass.
     OXL_INLINE void decay(int64_t chunk, int64_t row, int64_t first, vf (&scores)[VECTORS], vf *other) const {
         const int64_t at = (pair * a.chunks + chunk) * a.chunk;
         const double *columns = a.columns + at;
@@ -108,7 +136,7 @@ struct Head {
         for (int c = 0; c < VECTORS; ++c) {
             vi mask;
             __builtin_memcpy(&mask, open + c * W, sizeof mask);
-            const vf weight = exp(load(exponent + c * W));
+            const vf weight = exp(load(exponent + c * W)) * scale;
             scores[c] = select(mask, scores[c] * weight, vf{});
             if (other) other[c] = select(mask, other[c] * weight, vf{});
         }

@@ -66,6 +66,17 @@ def test_mamba_runs_through_transformers() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def test_the_parallel_scan_of_mamba_changes_nothing() -> None:
+    pytest.importorskip("mambapy")
+    model = NETWORKS["mamba"].build(5, 16, 2)
+    tokens = torch.randint(5, (2, 37))
+    parallel = model(tokens)
+    for layer in model.model.backbone.layers:
+        assert layer.mixer.use_mambapy
+        layer.mixer.use_mambapy = False
+    torch.testing.assert_close(parallel, model(tokens), atol=1e-6, rtol=1e-5)
+
+
 def test_no_recurrence_means_none_after_training() -> None:
     trial = dataclasses.replace(SMALL, model="slstm-no-recurrence")
     result = run_trial(trial)

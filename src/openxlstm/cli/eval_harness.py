@@ -30,8 +30,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except ImportError as error:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
-        raise ImportError(
-            "the harness is not installed: pip install 'openxlstm[eval]'", name="lm_eval"
-        ) from None
+        raise ImportError("lm-evaluation-harness is not here", name="lm_eval") from None
     run_harness(words)
     return 0

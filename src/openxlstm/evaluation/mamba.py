@@ -33,6 +33,7 @@ class MambaLM(nn.Module):
             hidden_size=width,
             num_hidden_layers=blocks,
             use_cache=False,
+            use_mambapy=True,  # a parallel scan instead of a loop over time, where mambapy is installed
             pad_token_id=0,
         )
         self.vocab_size = vocab_size

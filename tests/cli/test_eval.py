@@ -108,6 +108,21 @@ def test_long_context(cli: Callable, model: Path, text: Path, tmp_path: Path) ->
     assert abs(found["tokens"][0] - 700) <= 14
 
 
+def test_a_model_from_end_to_end(cli: Callable, model: Path, shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("--length", "64", "--lengths", "700", "--samples", "1", "--tokens", "40", "--output", tmp_path)
+    result = cli("eval", "model", model, shards, *words)
+    assert result.code == 0, result.err
+    for part in (" bits per byte ", "effective context: ", "frequent-words  ", "half-life"):
+        assert part in result.out
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "text.json",
+        "context",
+        "long_context.json",
+        "inside",
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "text_in_line"),
     [

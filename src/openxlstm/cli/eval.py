@@ -17,6 +17,10 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
         "train a set of networks on tasks: equal data, parameters and steps, several seeds",
     ),
     "task": ("eval_study", "train one network on one task with any settings"),
+    "model": (
+        "eval_model",
+        "a trained model from end to end: text, context, long context, a look inside",
+    ),
     "text": ("eval_text", "perplexity and bits per byte of a model on any text, streamed or in windows"),
     "context": ("eval_text", "how far back a token still matters to a model, on real text"),
     "long-context": ("eval_long_context", "find, track and count in prompts of any length, from local text"),
@@ -37,7 +41,7 @@ evaluations:
 examples:
   openxlstm eval state-tracking --output runs/state-tracking
   openxlstm eval task parity --model slstm
-  openxlstm eval text runs/demo/model runs/demo/data"""
+  openxlstm eval model runs/demo/model runs/demo/data"""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +31,8 @@ class LongContextOptions:
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     """Checkpoint directory or hub id."""
     text: Annotated[Path, Positional, arg(metavar="TEXT")]
-    """Text that the prompts are filled with: a file or a directory."""
+    """Text that the prompts are filled with: a file, a directory, or a directory that `openxlstm data`
+    prepared (its held-out documents)."""
     tasks: tuple[str, ...] = ()
     """Tasks; all seven unless given."""
     lengths: tuple[int, ...] = (1024, 4096)
@@ -51,12 +51,11 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Run the command."""
     options = parse(LongContextOptions, arguments, command=f"eval {name}", examples=EXAMPLES)
     from openxlstm.cli.eval_text import load
-    from openxlstm.data import as_source
     from openxlstm.evaluation.long_context import LONG_TASKS, get_long_task, run_long_task
 
     tasks = [get_long_task(task).name for task in options.tasks or LONG_TASKS]
     model, tokenizer = load(options.model, options.device)
-    text = "".join(islice(chain.from_iterable(as_source(options.text).documents()), MAX_FILLER))
+    text = _filler(options.text)
     results = []
     width = max(map(len, tasks))
     print(f"{'task':<{width}}  " + "  ".join(f"{length:>8,}" for length in options.lengths))
@@ -75,3 +74,22 @@ def run(name: str, arguments: Sequence[str]) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(options.output, json.dumps(results, indent=1))
     return 0
+
+
+def _filler(path: Path) -> str:
+    """The beginning of a text, or of the held-out documents of prepared data."""
+    from openxlstm.data import TokenDataset, as_source
+
+    texts = as_source(path).documents()
+    if (path / "manifest.json").is_file():
+        dataset = TokenDataset.open(path, "validation")
+        tokenizer = dataset.tokenizer()
+        texts = (tokenizer.decode(dataset.document(n).tolist()) for n in range(dataset.num_documents))
+    parts: list[str] = []
+    size = 0
+    for text in texts:
+        parts.append(text[: MAX_FILLER - size])
+        size += len(parts[-1])
+        if size >= MAX_FILLER:
+            break
+    return "".join(parts)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -45,16 +45,28 @@ class LongContextOptions:
     """Also write scores and answers to this JSON file."""
     device: str = "auto"
     """Where to run."""
+    dtype: str | None = None
+    """Numeric type of the weights; as stored unless given."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run the command."""
-    options = parse(LongContextOptions, arguments, command=f"eval {name}", examples=EXAMPLES)
+    ask_long(parse(LongContextOptions, arguments, command=f"eval {name}", examples=EXAMPLES))
+    return 0
+
+
+def ask_long(options: LongContextOptions, loaded: tuple[Any, Any] | None = None) -> None:
+    """Print a table of scores by task and length, and write it where the options say.
+
+    Args:
+        options: of the command.
+        loaded: the model and its tokenizer, if they are at hand.
+    """
     from openxlstm.cli.eval_text import load
     from openxlstm.evaluation.long_context import LONG_TASKS, get_long_task, run_long_task
 
     tasks = [get_long_task(task).name for task in options.tasks or LONG_TASKS]
-    model, tokenizer = load(options.model, options.device)
+    model, tokenizer = loaded or load(options.model, options.device, options.dtype)
     text = _filler(options.text)
     results = []
     width = max(map(len, tasks))
@@ -73,18 +85,18 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(options.output, json.dumps(results, indent=1))
-    return 0
 
 
 def _filler(path: Path) -> str:
     """The beginning of a text, or of the held-out documents of prepared data."""
     from openxlstm.data import TokenDataset, as_source
 
-    texts = as_source(path).documents()
     if (path / "manifest.json").is_file():
         dataset = TokenDataset.open(path, "validation")
         tokenizer = dataset.tokenizer()
         texts = (tokenizer.decode(dataset.document(n).tolist()) for n in range(dataset.num_documents))
+    else:
+        texts = as_source(path).documents()
     parts: list[str] = []
     size = 0
     for text in texts:

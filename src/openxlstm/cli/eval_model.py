@@ -9,7 +9,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from openxlstm.cli import eval_long_context, eval_text
+from openxlstm.cli.eval_long_context import LongContextOptions, ask_long
+from openxlstm.cli.eval_text import ContextOptions, TextOptions, load, score_text, show_context
 from openxlstm.cli.options import parse
 
 EXAMPLES = """\
@@ -42,6 +43,8 @@ class ModelOptions:
     """Tokens of the text on which the heads are looked at."""
     device: str = "auto"
     """Where to run."""
+    dtype: str | None = None
+    """Numeric type of the weights; as stored unless given."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -49,14 +52,15 @@ def run(name: str, arguments: Sequence[str]) -> int:
     options = parse(ModelOptions, arguments, command=f"eval {name}", examples=EXAMPLES)
     from openxlstm.cli.inspect_text import look_inside
 
-    subject, output = [options.model, str(options.text), "--device", options.device], options.output
+    model, text, output = options.model, options.text, options.output
+    loaded = load(model, options.device, options.dtype)
     print("== text", flush=True)
-    eval_text.run("text", [*subject, "--output", str(output / "text.json")])
+    score_text(TextOptions(model, text, output=output / "text.json"), loaded)
     print("\n== context", flush=True)
-    eval_text.run("context", [*subject, "--length", str(options.length), "--output", str(output / "context")])
+    show_context(ContextOptions(model, text, length=options.length, output=output / "context"), loaded)
     print("\n== long context", flush=True)
-    prompts = ["--lengths", *map(str, options.lengths), "--samples", str(options.samples)]
-    eval_long_context.run("long-context", [*subject, *prompts, "--output", str(output / "long_context.json")])
+    prompts = {"lengths": options.lengths, "samples": options.samples}
+    ask_long(LongContextOptions(model, text, **prompts, output=output / "long_context.json"), loaded)
     print("\n== inside", flush=True)
-    look_inside(options.model, options.text, options.tokens, output / "inside")
+    look_inside(model, text, options.tokens, output / "inside", loaded)
     return 0

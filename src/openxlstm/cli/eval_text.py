@@ -14,6 +14,8 @@ from tyro.conf import Positional, arg
 from openxlstm.cli.options import parse
 from openxlstm.runtime import atomic_write_text
 
+MAX_TOKENS = 2**20  # of a text that passages are cut from
+
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -56,11 +58,13 @@ class ContextOptions:
     length: int = 1024
     """Tokens of past that are looked at."""
     rows: int = 16
-    """Passages of the text that are averaged over."""
+    """Passages that are averaged over, evenly spread over the first million tokens of the text."""
     output: Path = Path("runs/context")
     """Directory of the figures (context.json) and plots."""
     device: str = "auto"
     """Where to run."""
+    dtype: str | None = None
+    """Numeric type of the weights; as stored unless given."""
 
 
 EXAMPLES = {
@@ -73,9 +77,10 @@ EXAMPLES = {
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one of the commands."""
-    kinds: dict[str, Any] = {"text": (TextOptions, _text), "context": (ContextOptions, _context)}
-    options, action = kinds[name]
-    return action(parse(options, arguments, command=f"eval {name}", examples=EXAMPLES[name]))
+    kinds: dict[str, Any] = {"text": (TextOptions, score_text), "context": (ContextOptions, show_context)}
+    kind, action = kinds[name]
+    action(parse(kind, arguments, command=f"eval {name}", examples=EXAMPLES[name]))
+    return 0
 
 
 def load(model: str, device: str, dtype: str | None = None) -> tuple[Any, Any]:
@@ -118,12 +123,18 @@ def _at_most(documents: Iterable[Any], max_tokens: int) -> Iterator[Any]:
         yield document
 
 
-def _text(options: TextOptions) -> int:
+def score_text(options: TextOptions, loaded: tuple[Any, Any] | None = None) -> None:
+    """Print bits per byte and perplexity, and write them where the options say.
+
+    Args:
+        options: of the command.
+        loaded: the model and its tokenizer, if they are at hand.
+    """
     from openxlstm.evaluation.text import score_stream, score_windows
 
     if options.stride is not None and options.window is None:
         raise ValueError("--stride goes with --window")
-    model, tokenizer = load(options.model, options.device, options.dtype)
+    model, tokenizer = loaded or load(options.model, options.device, options.dtype)
     documents = documents_of(options.text, tokenizer, options.max_tokens)
     if options.window is None:
         score, mode = score_stream(model, tokenizer, documents, piece=options.piece), "streamed"
@@ -153,10 +164,10 @@ def _text(options: TextOptions) -> int:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(options.output, json.dumps(figures, indent=1))
-    return 0
 
 
-def _context(options: ContextOptions) -> int:
+def show_context(options: ContextOptions, loaded: tuple[Any, Any] | None = None) -> None:
+    """Print, write and draw how far back a token still matters; arguments as for :func:`score_text`."""
     from openxlstm.evaluation.context import (
         cut_rows,
         foreign_past,
@@ -169,8 +180,8 @@ def _context(options: ContextOptions) -> int:
 
     if options.length < 64:
         raise ValueError(f"--length must be at least 64, got {options.length}")
-    model, tokenizer = load(options.model, options.device)
-    pieces = itertools.chain.from_iterable(documents_of(options.text, tokenizer))
+    model, tokenizer = loaded or load(options.model, options.device, options.dtype)
+    pieces = itertools.chain.from_iterable(documents_of(options.text, tokenizer, MAX_TOKENS))
     tokens = list(itertools.chain.from_iterable(piece.tokens for piece in pieces))
     rows = cut_rows(tokens, options.length, options.rows)
     by_position = loss_by_position(model, rows, first_token(tokenizer)).tolist()
@@ -212,7 +223,6 @@ def _context(options: ContextOptions) -> int:
             y_log=True,
         )
     print(f"plots: {output}")
-    return 0
 
 
 def _by_doubling(values: Sequence[float]) -> list[tuple[int, float]]:

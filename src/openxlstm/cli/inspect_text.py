@@ -12,8 +12,17 @@ from openxlstm.runtime import atomic_write_text
 TOP = 5
 
 
-def look_inside(model_name: str, text: Path, tokens: int, output: Path) -> None:
+def look_inside(
+    model_name: str, text: Path, tokens: int, output: Path, loaded: tuple[Any, Any] | None = None
+) -> None:
     """Print half-lives and retrieved tokens per head, and draw gates over time.
+
+    Args:
+        model_name: checkpoint directory or hub id.
+        text: as for ``openxlstm eval text``.
+        tokens: how many of them.
+        output: directory of plots and figures.
+        loaded: the model and its tokenizer, if they are at hand.
 
     Raises:
         ValueError: fewer than 2 tokens, or a text without any.
@@ -26,7 +35,7 @@ def look_inside(model_name: str, text: Path, tokens: int, output: Path) -> None:
     from openxlstm.evaluation.probes import probe
     from openxlstm.evaluation.text import first_token
 
-    model, tokenizer = load(model_name, "cpu")
+    model, tokenizer = loaded or load(model_name, "auto")
     pieces = chain.from_iterable(documents_of(text, tokenizer))
     ids = list(islice(chain.from_iterable(piece.tokens for piece in pieces), tokens))
     if len(ids) < 2:

@@ -1,13 +1,12 @@
 """How far back a token still matters: three views of a model's memory on real text.
 
 * :func:`loss_by_position`: mean loss at each distance from the beginning; it falls as long as more past
-helps.
+  helps.
 * :func:`loss_by_context`: the same tokens predicted from only the last k tokens of their past. The effective
   context is the shortest k that comes within a tolerance of the whole past.
-* :func:`foreign_past`: how much a wrong past still shows. Two models that differ in their past alone read the
-same
-  text; the Kullback-Leibler divergence between their predictions, by tokens read since, is how the state
-  forgets.
+* :func:`foreign_past`: how much a wrong past still shows. Two copies of a model that differ in their past
+  alone read the same text; the Kullback-Leibler divergence between their predictions, by tokens read since,
+  is how the state forgets.
 """
 
 from __future__ import annotations
@@ -152,7 +151,6 @@ def foreign_past(model: nn.Module, pasts: Tensor, text: Tensor) -> Tensor:
 
 
 def half_life(values: Tensor) -> int | None:
-    """First place (from 1) at which ``values`` (T,) are at most half their first value, None if they never
-    are."""
+    """First place (from 1) at which ``values`` (T,) are at most half their first value; None if nowhere."""
     below = (values <= values[0] / 2).nonzero()
     return int(below[0]) + 1 if len(below) else None

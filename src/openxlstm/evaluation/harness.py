@@ -108,10 +108,13 @@ class OpenXLSTM(TemplateLM):
         """(log probability, is it what greedy decoding gives) of each continuation after its context."""
         work: list[Request] = []
         for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"an answer has {len(continuation)} tokens, more than max_length={self.max_length}; "
+                    "raise it, or leave it out: the state has no limit"
+                )
             kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
             split = len(kept) - len(continuation)
-            if split < 1:  # as long as the limit: one token stays to predict the rest from
-                kept, split = kept[-(self.max_length + 1) :], 1
             work.append(Request(index, tuple(kept[:split]), tuple(kept[split:])))
             self.tokens_asked += len(kept) - 1
         results: list[tuple[float, bool]] = [(0.0, True)] * len(work)

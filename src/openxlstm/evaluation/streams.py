@@ -21,8 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def mix(words: UInt64) -> UInt64:
-    """SplitMix64's finaliser, in place: every input bit changes every output bit with probability one half.
-    SplitMix64's finaliser, in place: every input bit changes every output bit with probability one half."""
+    """SplitMix64's finaliser, in place: every input bit flips every output bit with probability one half."""
     shifted = words >> np.uint64(30)
     words ^= shifted
     words *= np.uint64(0xBF58476D1CE4E5B9)

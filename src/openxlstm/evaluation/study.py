@@ -40,8 +40,8 @@ def run_study(
     Args:
         trials: what to run. Networks that cannot run here are left out, and reported.
         output: directory of the study.
-        processes: trials at a time, each in a process with an equal share of the threads; None is one per two
-            cores or the number of threads, whichever is smaller. 1 runs them in this process.
+        processes: trials at a time, each in a process with an equal share of the threads; None is as many as
+            threads. 1 runs them in this process.
         report: called with a line per event.
 
     Raises:

@@ -6,9 +6,8 @@
 * Streamed (:func:`score_stream`): every token is predicted from the whole past of its document. The state is
   carried from piece to piece, so time is linear and memory constant however long the document is.
 * Windowed (:func:`score_windows`): the usual protocol for models with a limited context. Windows of
-``window``
-  tokens start afresh every ``stride`` tokens, and each token counts once, in the first window that holds it,
-  so it sees at least ``window - stride`` tokens of its past.
+  ``window`` tokens start afresh every ``stride`` tokens, and each token counts once, in the first window that
+  holds it, so it sees at least ``window - stride`` tokens of its past.
 
 Each document starts from the empty state with the beginning-of-sequence token, if the tokenizer has one;
 without one its first token cannot be predicted and is not counted.
@@ -202,8 +201,7 @@ def token_losses(
 
 
 def _bins(losses: torch.Tensor, position: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """``losses`` of positions from ``position`` (counted from 0), cut where position + 1 is a power of
-    two."""
+    """``losses`` of positions from ``position`` (from 0), cut where position + 1 is a power of two."""
     start = 0
     while start < len(losses):
         place = (position + start + 1).bit_length() - 1

@@ -173,8 +173,7 @@ class PrefixTask(Task):
 
     @abc.abstractmethod
     def prefixes(self, stream: Stream, length: int) -> tuple[NDArray, NDArray]:
-        """Tokens (B, length), and the answer for each prefix, (B, length), ``IGNORED`` where there is none.
-        Tokens (B, length), and the answer for each prefix, (B, length), ``IGNORED`` where there is none."""
+        """Tokens and the answer for each prefix, both (B, length), ``IGNORED`` where there is none."""
 
 
 def ask_last(tokens: NDArray, lengths: Lengths, answers: NDArray) -> tuple[NDArray, NDArray]:

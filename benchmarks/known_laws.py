@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openxlstm.scaling import bootstrap, fit_isoflop, fit_parametric, fit_power_law, fit_time, optimum_law
-from openxlstm.scaling.parametric import NAMES, ParametricFit
+from openxlstm.scaling.objective import NAMES, log_loss
+from openxlstm.scaling.parametric import ParametricFit
 
 NOISE = 0.005
 BUDGETS = (1e19, 1e20, 1e21, 1e22)
@@ -121,8 +122,6 @@ def parametric(law: Law, draws: int, samples: int) -> Tally:
 
 def bounds(exact: ParametricFit) -> dict[str, float]:
     """Least relative standard deviations of the parameters."""
-    from openxlstm.scaling.parametric import log_loss
-
     size = 5 + exact.free_gamma
     point = np.array(exact.parameters)
     log_n, log_d = np.log(exact.num_params), np.log(exact.num_tokens)
@@ -141,10 +140,13 @@ def bounds(exact: ParametricFit) -> dict[str, float]:
     }  # fmt: skip
 
 
-def profiles(draws: int) -> Tally:
-    """Four IsoFLOP profiles of twenty runs; the truth is what the parabolas give without noise."""
+def profiles(draws: int, reach: float = 4.0) -> Tally:
+    """Four IsoFLOP profiles of twenty runs; the truth is what the parabolas give without noise.
+
+    ``reach``: the largest size over the best one, and the best over the smallest.
+    """
     tally, exact = Tally(), LAWS["wide"].exact()
-    sizes = {c: exact.optimum(c).num_params * np.geomspace(0.25, 4, 20) for c in BUDGETS}
+    sizes = {c: exact.optimum(c).num_params * np.geomspace(1 / reach, reach, 20) for c in BUDGETS}
     losses = {c: exact(n, c / (6 * n)) for c, n in sizes.items()}
 
     def fits(seed: int | None, tokens: bool) -> list[Any]:
@@ -194,6 +196,7 @@ def tallies(draws: int, samples: int) -> Iterator[tuple[str, Callable[[], Tally]
     for name, law in LAWS.items():
         yield name, lambda law=law: parametric(law, draws, samples)
     yield "IsoFLOP profiles", lambda: profiles(draws)
+    yield "IsoFLOP profiles, a factor of 16", lambda: profiles(draws, 16.0)
     yield "lines", lambda: lines(draws)
 
 

@@ -109,11 +109,11 @@ def test_fits_are_reproducible():
 
 
 def test_gradients_are_the_derivatives():
-    from openxlstm.scaling.parametric import _Problem
+    from openxlstm.scaling.objective import Problem
 
     n, d, losses = study(0.01, 0)
     for free in (False, True):
-        problem = _Problem(np.log(n), np.log(d), np.log(losses), 1e-3, free)
+        problem = Problem(np.log(n), np.log(d), np.log(losses), 1e-3, free)
         point = problem.random_starts(1, 0)[0]
         value, gradient = problem.value_and_gradient(point)
         for index in range(len(point)):

@@ -45,9 +45,9 @@ def test_reproduction_with_a_few_parametric_fits(
     assert re.search(r"exponents of N\*\(C\) and D\*\(C\), absolute +6 ", printed)
     text = check_page(tmp_path / "report.html", 6)
     assert "| published optima|" in text  # where runs are missing, it says so
-    assert "| published optima of N: D = C / FLOPs per token|" in text
+    assert "| published parabolas in N, refitted in D|" in text
     assert text.count("tokens|") >= 6  # both families at three contexts
-    assert "published parameters that are not an optimum" in text
+    assert "1 fit: the published point has not converged" in text
     assert "Inference times" in text
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from openxlstm.runtime import atomic_write_text
 from openxlstm.scaling.data import Table
-from openxlstm.scaling.parametric import ParametricFit, log_loss, widening
+from openxlstm.scaling.objective import log_loss
+from openxlstm.scaling.parametric import ParametricFit, widening
 
 FORMAT = "openxlstm laws 1"
 

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openxlstm.scaling.data import Table, check_one_convention, require_runs
-from openxlstm.scaling.optimization import Array, huber, minimize_batch
+from openxlstm.scaling.objective import NAMES, Problem, derivatives, log_loss
+from openxlstm.scaling.optimization import Array, minimize_batch
 
-NAMES = ("a", "b", "e", "alpha", "beta", "gamma")
+ENDLESS_GAMMA = 50.0
+"""Above, (A N^-alpha + B D^-beta)^gamma is practically the exponential it tends to."""
 
 
 class Optimum(NamedTuple):
@@ -158,7 +160,7 @@ class ParametricFit:
         """What is not identified by the data, in sentences; empty if all is well."""
         notes: list[str] = []
         columns = list(range(5 + self.free_gamma))
-        _, slopes = _model(np.log(self.num_params), np.log(self.num_tokens))(np.array([self.parameters]))
+        _, slopes = derivatives(np.log(self.num_params), np.log(self.num_tokens))(np.array([self.parameters]))
         jacobian = slopes[0][:, columns]
         scaled = jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
         condition = float(np.linalg.cond(scaled))
@@ -182,6 +184,11 @@ class ParametricFit:
         if float(np.exp(self.e)) < 0.05 * self.losses.min():
             notes.append(
                 "the irreducible loss E is practically zero: the data do not reach its neighbourhood"
+            )
+        if self.gamma > ENDLESS_GAMMA:
+            notes.append(
+                f"the outer exponent grows without end (gamma = {self.gamma:.0f}): there is no minimum, only "
+                "a limit"
             )
         if self.agreeing_starts < 2:
             notes.append("at most one start came near the best objective: there may be better ones")
@@ -235,7 +242,7 @@ def fit_parametric(
             raise ValueError(f"all {name} are {values[0]:.4g}, so nothing can be learned about their effect")
     if not delta > 0:
         raise ValueError(f"delta must be positive, got {delta}")
-    problem = _Problem(np.log(n), np.log(d), np.log(losses), delta, free_gamma)
+    problem = Problem(np.log(n), np.log(d), np.log(losses), delta, free_gamma)
     points = np.concatenate([problem.random_starts(starts, seed), problem.to_local(extra_starts)])
     points, values = minimize_batch(problem.model, problem.targets, points, delta, iterations=80)
     best = [problem.polish(points[index]) for index in _distinct(points, values, polish)]
@@ -273,7 +280,7 @@ def bootstrap(fit: ParametricFit, samples: int = 400, seed: int = 0) -> Parametr
         raise ValueError(f"a bootstrap needs at least 2 samples, got {samples}")
     generator = np.random.default_rng(seed)
     log_n, log_d, log_loss = (np.log(u) for u in (fit.num_params, fit.num_tokens, fit.losses))
-    problem = _Problem(log_n, log_d, log_loss, fit.delta, fit.free_gamma)
+    problem = Problem(log_n, log_d, log_loss, fit.delta, fit.free_gamma)
     count = len(fit.losses)
     weights = generator.multinomial(count, np.full(count, 1 / count), samples).astype(float)
     centre = problem.to_local([fit.parameters])[0]
@@ -289,111 +296,9 @@ def bootstrap(fit: ParametricFit, samples: int = 400, seed: int = 0) -> Parametr
     return replace(fit, samples=np.array([problem.to_global(point) for point in chosen]))
 
 
-class _Problem:
-    """The objective in local coordinates: ln N, ln D shifted to their means, gamma last and only if free."""
-
-    def __init__(self, log_n: Array, log_d: Array, targets: Array, delta: float, free_gamma: bool) -> None:
-        self.shift_n, self.shift_d = float(log_n.mean()), float(log_d.mean())
-        self.log_n, self.log_d, self.targets = log_n - self.shift_n, log_d - self.shift_d, targets
-        self.delta, self.free_gamma, self.size = delta, free_gamma, 5 + free_gamma
-        self._model = _model(self.log_n, self.log_d)
-
-    def _full(self, points: Array) -> Array:
-        if self.free_gamma:
-            return points
-        return np.concatenate([points, np.ones((len(points), 1))], 1)
-
-    def model(self, points: Array) -> tuple[Array, Array]:
-        predictions, slopes = self._model(self._full(points))
-        return predictions, slopes[..., : self.size]
-
-    def value_and_gradient(self, point: Array) -> tuple[float, Array]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            predictions, slopes = self.model(point[None])
-            residuals = predictions[0] - self.targets
-            value = float(huber(residuals, self.delta).sum())
-            gradient = np.clip(residuals, -self.delta, self.delta) @ slopes[0]
-        return (value, gradient) if np.isfinite(value) else (1e300, np.zeros(self.size))
-
-    def polish(self, point: Array) -> tuple[float, Array]:
-        """Quasi-Newton with the analytic gradient, restarted until nothing is gained."""
-        from scipy.optimize import minimize
-
-        value = self.value_and_gradient(point)[0]
-        for _ in range(6):
-            scale = max(value, 1e-300)  # values near 1 suit the stopping rules
-            result = minimize(
-                lambda p, scale=scale: tuple(u / scale for u in self.value_and_gradient(p)),
-                point,
-                jac=True,
-                method="BFGS",
-                options={"gtol": 1e-9, "maxiter": 800},
-            )
-            new = self.value_and_gradient(result.x)[0]
-            if not new < value:
-                break
-            gain, value, point = 1 - new / value, new, result.x
-            if gain < 1e-9:
-                break
-        return value, point
-
-    def random_starts(self, count: int, seed: int) -> Array:
-        """Exponents from the published grid's range; the two terms and E as plausible shares of the loss."""
-        generator = np.random.default_rng(seed)
-        level = self.targets.mean()
-        alpha, beta = generator.uniform(0.02, 1.2, (2, count))
-        gamma = (
-            np.exp(generator.uniform(np.log(0.08), np.log(8.0), count)) if self.free_gamma else np.ones(count)
-        )
-        share = generator.uniform(0.1, 0.95, count)  # of the reducible part in the loss
-        part = generator.uniform(0.05, 0.95, count)  # of the size term in the reducible part
-        inner = (level + np.log(share)) / gamma
-        columns = [inner + np.log(part), inner + np.log1p(-part), level + np.log1p(-share), alpha, beta]
-        return np.stack(columns + ([gamma] if self.free_gamma else []), 1)
-
-    def to_local(self, points: Sequence[Sequence[float]] | Array) -> Array:
-        local = np.array(points, float).reshape(-1, 6)
-        local[:, 0] -= local[:, 3] * self.shift_n
-        local[:, 1] -= local[:, 4] * self.shift_d
-        return local[:, : self.size]
-
-    def to_global(self, point: Array) -> tuple[float, float, float, float, float, float]:
-        a, b, e, alpha, beta, *gamma = (float(u) for u in point)
-        return (
-            a + alpha * self.shift_n, b + beta * self.shift_d, e, alpha, beta, gamma[0] if gamma else 1.0
-        )  # fmt: skip
-
-
 def widening(runs: int, parameters: int) -> float:
     """sqrt(n / (n - p)), the small-sample correction of deviations (as in the HC1 covariance)."""
     return float(np.sqrt(runs / max(1, runs - parameters)))
-
-
-def log_loss(points: Array, log_n: Any, log_d: Any) -> Array:
-    """ln L, (S, n), of parameters (S, 6) at (n) points."""
-    a, b, e, alpha, beta, gamma = (points[:, [column]] for column in range(6))
-    inner = np.logaddexp(a - alpha * np.asarray(log_n), b - beta * np.asarray(log_d))
-    return np.logaddexp(gamma * inner, e)
-
-
-def _model(log_n: Array, log_d: Array) -> Any:
-    """Predictions and derivatives at fixed points, for :func:`minimize_batch`."""
-
-    def evaluate(points: Array) -> tuple[Array, Array]:
-        a, b, e, alpha, beta, gamma = (points[:, [column]] for column in range(6))
-        u, v = a - alpha * log_n, b - beta * log_d
-        inner = np.logaddexp(u, v)
-        outer = gamma * inner
-        logs = np.logaddexp(outer, e)
-        reducible = np.exp(outer - logs)
-        by_size = gamma * reducible * np.exp(u - inner)
-        by_tokens = gamma * reducible * np.exp(v - inner)
-        slopes = np.stack(
-            [by_size, by_tokens, 1 - reducible, -by_size * log_n, -by_tokens * log_d, reducible * inner], -1
-        )
-        return logs, slopes
-
-    return evaluate
 
 
 def _distinct(points: Array, values: Array, count: int) -> list[int]:

@@ -9,13 +9,20 @@ from typing import Any
 import numpy as np
 
 from openxlstm.scaling.data import Table
+from openxlstm.scaling.objective import NAMES
+from openxlstm.scaling.optimality import NO_E, Optimality, optimality
 from openxlstm.scaling.optimization import huber
-from openxlstm.scaling.parametric import NAMES, ParametricFit, fit_parametric
+from openxlstm.scaling.parametric import ParametricFit, fit_parametric
 from openxlstm.scaling.reproduction.inputs import CELL, FAMILIES
 
 EXPERIMENTS = {"all": ("tokenparam", "isoflop"), "isoflop": ("isoflop",), "tokenparam": ("tokenparam",)}
-NO_E = 1e-6
-"""Below so many nats the logarithm of E is free: it has no effect on any loss."""
+SETTING = ("family", "runs", "tokens/N", "δ", "γ")
+"""Names of :attr:`Cell.setting`."""
+PARAMETER_LIMIT = 0.01
+"""Relative difference of a parameter from the published one."""
+AT_BOUND = "the minimum lies at E = 0"
+UNCONVERGED = "the published point has not converged"
+DIFFERENT = "another optimum"
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,16 @@ class Cell:
         return fit_parametric(*data, **options, extra_starts=[fit.parameters])
 
     @property
+    def setting(self) -> tuple[str, str, str, str, str]:
+        """What was fitted: family, experiments, tokens per parameter, delta, gamma."""
+        family, kind, ratios = (self.row[name] for name in ("model", "experiment_set", "token_param_range"))
+        return FAMILIES[family], kind, ratios, f"{self.fit.delta:g}", "free" if self.fit.free_gamma else "1"
+
+    @property
     def name(self) -> str:
         """What was fitted, in words."""
-        gamma = "free" if self.fit.free_gamma else "1"
-        family, kind, ratios = (self.row[name] for name in ("model", "experiment_set", "token_param_range"))
-        return f"{FAMILIES[family]}, {kind} {ratios}, delta {self.fit.delta:g}, gamma {gamma}"
+        family, kind, ratios, delta, gamma = self.setting
+        return f"{family}, {kind} {ratios}, delta {delta}, gamma {gamma}"
 
     @property
     def objective_difference(self) -> float:
@@ -61,18 +73,40 @@ class Cell:
         points = self.fit.num_params, self.fit.num_tokens
         return float(np.abs(self.fit(*points) - self.published(*points)).max())
 
-    @property
-    def moved(self) -> bool:
-        """Whether the published point is no optimum.
+    @cached_property
+    def at_published(self) -> Optimality:
+        """How far the published point is from an optimum."""
+        return optimality(self.published)
 
-        That is, our objective is lower by more than 1e-5 of it or, without outer exponent, a parameter
-        differs by more than 1 %.
+    @cached_property
+    def at_ours(self) -> Optimality:
+        """How far our point is from an optimum."""
+        return optimality(self.fit)
+
+    @cached_property
+    def reason(self) -> str:
+        """Why, without outer exponent, a parameter is not within 1 % of the published; "" if all are.
+
+        :data:`AT_BOUND`: both E are practically zero, and at both points the objective grows with E.
+        :data:`UNCONVERGED`: continued with gradients, the published point falls to a lower objective and ends
+        at our parameters. :data:`DIFFERENT`: neither.
         """
-        far = (
-            max(exponent_difference(self.fit, self.published), e_difference(self.fit, self.published)) > 0.01
-        )
-        lower = self.fit.objective < self.published.objective * (1 - 1e-5)
-        return lower or (far and not self.fit.free_gamma)
+        ours, theirs = self.fit, self.published
+        if ours.free_gamma:
+            return ""
+        if max(ours.constants["E"], theirs.constants["E"]) < NO_E:
+            return AT_BOUND if self.at_ours.bound and self.at_published.bound else DIFFERENT
+        if parameter_difference(ours, theirs) <= PARAMETER_LIMIT:
+            return ""
+        lower = max(ours.objective, self.continued.objective) < theirs.objective
+        same = parameter_difference(ours, self.continued) <= PARAMETER_LIMIT
+        return UNCONVERGED if lower and same else DIFFERENT
+
+    @property
+    def examined(self) -> bool:
+        """Whether the published point needs a closer look: for :attr:`reason`, or an objective above ours by
+        more than 1e-5 of it."""
+        return bool(self.reason) or self.fit.objective < self.published.objective * (1 - 1e-5)
 
 
 def exponent_difference(fit: ParametricFit, other: ParametricFit) -> float:
@@ -85,6 +119,11 @@ def e_difference(fit: ParametricFit, other: ParametricFit) -> float:
     """Relative difference of E; where the other's E is practically zero, the absolute one in nats."""
     ours, theirs = fit.constants["E"], other.constants["E"]
     return abs(ours - theirs) / (theirs if theirs >= NO_E else 1.0)
+
+
+def parameter_difference(fit: ParametricFit, other: ParametricFit) -> float:
+    """The larger of :func:`exponent_difference` and :func:`e_difference`."""
+    return max(exponent_difference(fit, other), e_difference(fit, other))
 
 
 def parameters_of(row: Any) -> tuple[float, float, float, float, float, float]:

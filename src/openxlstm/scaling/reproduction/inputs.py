@@ -9,7 +9,7 @@ from typing import Any
 
 from openxlstm.models import TransformerLMConfig, xLSTMLargeConfig
 from openxlstm.scaling.data import Table, read_measurements, read_runs, read_table
-from openxlstm.scaling.parametric import NAMES
+from openxlstm.scaling.objective import NAMES
 
 VOCABULARY = 50304
 FAMILIES = {"mlstm": "xLSTM", "llama": "Transformer"}
@@ -62,7 +62,17 @@ def read_inputs(directory: Path) -> Inputs:
         runs,
         read_measurements(measured) if measured.is_file() else None,
         reference(
-            "isoflop_polyfits", "model", "context_length", "x", "isoflop_tag", "flops_mean", "x_opt", "y_opt"
+            "isoflop_polyfits",
+            "model",
+            "context_length",
+            "x",
+            "isoflop_tag",
+            "flops_mean",
+            "x_opt",
+            "y_opt",
+            "a",
+            "b",
+            "c",
         ),
         reference("power_laws", "model", "context_length", "plot_type", "alpha"),
         reference("tokenparam_slopes", "model", "token_param_ratio", "slope"),

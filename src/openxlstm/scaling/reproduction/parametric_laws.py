@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from openxlstm.scaling.optimality import NO_E
 from openxlstm.scaling.parametric import bootstrap, fit_runs
 from openxlstm.scaling.report import Report, relative
 from openxlstm.scaling.reproduction.cells import (
+    AT_BOUND,
+    DIFFERENT,
+    PARAMETER_LIMIT,
+    SETTING,
+    UNCONVERGED,
     Cell,
     e_difference,
     exponent_difference,
@@ -16,8 +22,7 @@ from openxlstm.scaling.reproduction.cells import (
 )
 from openxlstm.scaling.reproduction.checks import Check
 from openxlstm.scaling.reproduction.inputs import FAMILIES, Inputs, tokenparam
-
-SETTING = ("family", "runs", "tokens/N", "δ", "γ")
+from openxlstm.scaling.reproduction.published_points import examine_published_points
 
 
 def fit_laws(report: Report, inputs: Inputs) -> list[Check]:
@@ -38,7 +43,7 @@ def fit_laws(report: Report, inputs: Inputs) -> list[Check]:
     columns = (*SETTING, "objective", "difference", "α", "ref.", "β", "ref.", "E", "ref.", "γ", "ref.")
     rows = [_row(cell) for cell in cells]
     report.table((*columns, "largest difference of a predicted loss", "R²"), rows)
-    _moved_points(report, [cell for cell in cells if cell.moved])
+    examine_published_points(report, [cell for cell in cells if cell.examined])
     remarks: dict[str, list[str]] = {}
     for cell in cells:
         for note in cell.fit.diagnostics():
@@ -60,52 +65,23 @@ def _checks(cells: Sequence[Cell]) -> list[Check]:
     if plain:
         differences = [exponent_difference(cell.fit, cell.published) for cell in plain]
         what = "without outer exponent: a, b, alpha, beta, relative"
-        checks.append(Check(what, len(plain), max(differences), 1e-2))
-        differences = [e_difference(cell.fit, cell.published) for cell in plain]
-        what = "without outer exponent: E, relative (absolute where E is zero)"
-        checks.append(Check(what, len(plain), max(differences), 1e-2))
-        differences = [
-            max(exponent_difference(cell.fit, cell.continued), e_difference(cell.fit, cell.continued))
-            for cell in plain
-        ]
-        what = "the same five, published points continued to their optimum"
-        checks.append(Check(what, len(plain), max(differences), 1e-2))
+        checks.append(Check(what, len(plain), max(differences), PARAMETER_LIMIT))
+    for what, reasons, fit_of, limit in (
+        ("E where the data identify it, relative", ("", DIFFERENT), "published", PARAMETER_LIMIT),
+        ("E where the minimum lies at E = 0, in nats", (AT_BOUND,), "published", NO_E),
+        (
+            "E where the published point has not converged, continued",
+            (UNCONVERGED,),
+            "continued",
+            PARAMETER_LIMIT,
+        ),
+    ):
+        differences = [e_difference(c.fit, getattr(c, fit_of)) for c in plain if c.reason in reasons]
+        if differences:
+            checks.append(Check(f"without outer exponent: {what}", len(differences), max(differences), limit))
     largest = max(cell.prediction_difference for cell in cells)
     checks.append(Check("predicted losses at the runs, absolute", len(cells), largest, 1e-3))
     return checks
-
-
-def _moved_points(report: Report, cells: Sequence[Cell]) -> None:
-    """Published points that are no optima: where they go when our optimiser continues from them."""
-    if not cells:
-        return
-    report.text(
-        f"Of these fits, {len(cells)} have published parameters that are not an optimum: our objective is "
-        "lower by more than 1e-5 of it or, without outer exponent, a parameter differs by more than 1 %. "
-        "Continued from there with analytic gradients, the fit ends where ours does. E below a millionth has "
-        "no effect on any loss, so its logarithm is free."
-    )
-    columns = (
-        "runs in it",
-        "E published",
-        "continued",
-        "ours",
-        "objective at the published point",
-        "continued",
-    )
-    rows = [
-        (
-            *_setting(cell),
-            len(cell.fit.losses),
-            *(fit.constants["E"] for fit in (cell.published, cell.continued, cell.fit)),
-            cell.published.objective,
-            relative(cell.continued.objective, cell.published.objective),
-            relative(cell.fit.objective, cell.published.objective),
-            f"{cell.prediction_difference:.1e}",
-        )
-        for cell in cells
-    ]
-    report.table((*SETTING, *columns, "ours", "largest difference of a predicted loss"), rows)
 
 
 def _fits_of_our_own(report: Report, inputs: Inputs) -> None:
@@ -118,21 +94,10 @@ def _fits_of_our_own(report: Report, inputs: Inputs) -> None:
     report.table(("family", "gamma", "objective", "E", "A", "B", "α", "β", "γ", "R²"), rows)
 
 
-def _setting(cell: Cell) -> tuple[Any, ...]:
-    row, gamma = cell.row, "free" if cell.fit.free_gamma else "1"
-    return (
-        FAMILIES[row["model"]],
-        row["experiment_set"],
-        row["token_param_range"],
-        f"{cell.fit.delta:g}",
-        gamma,
-    )
-
-
 def _row(cell: Cell) -> tuple[Any, ...]:
     fit, (_, _, _, alpha, beta, gamma) = cell.fit, parameters_of(cell.row)
     return (
-        *_setting(cell), fit.objective, relative(fit.objective, cell.row["objective"]), fit.alpha, alpha,
+        *cell.setting, fit.objective, relative(fit.objective, cell.row["objective"]), fit.alpha, alpha,
         fit.beta, beta, fit.constants["E"], cell.published.constants["E"], fit.gamma, gamma,
         f"{cell.prediction_difference:.1e}", fit.r_squared,
     )  # fmt: skip

@@ -83,6 +83,51 @@ def rnn(cell: str, dtype_name: str, d: int) -> None:
     h.sum().backward()
 
 
+def branches() -> None:
+    """Every branch on constants that the other scenarios leave out, at sizes of one and odd ones: what the
+    interpreter accepts need not compile."""
+    import torch
+
+    from openxlstm.ops.gpu import configurations
+    from openxlstm.ops.mlstm import triton_backend, triton_decode
+    from openxlstm.ops.rnn.cells import CELLS
+    from openxlstm.ops.rnn.triton_backend import run as run_rnn
+
+    tables = configurations.resident
+    for shape in ((1, 1, 1, 1, 1), (2, 70, 3, 17, 5)):
+        batch, time, heads, dk, dv = shape
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            tiles = configurations.mlstm(torch.device("cpu"), dtype).resident
+            reset = torch.zeros(batch, time, dtype=torch.bool) if dk > 1 else None
+            for sigmoid, normalize in ((False, True), (True, True), (True, False)):
+                sizes = (dk, dk, dv, None, None)
+                tensors = [
+                    torch.zeros(batch, time, heads, *([] if d is None else [d]), dtype=dtype) for d in sizes
+                ]
+                state = torch.zeros(batch, heads, dk, dv), torch.zeros(batch, heads, dk), torch.zeros(batch, heads)
+                options = {"sigmoid": sigmoid, "normalize": normalize, "eps": 1e-6}
+                configurations.resident = tables
+                leaves = [x.requires_grad_() for x in (*tensors, *state)]
+                h, *last = triton_backend.run(*leaves, reset, **options)
+                (h.sum() + sum(x.sum() for x in last)).backward()
+                configurations.resident = lambda *_, tiles=tiles: tiles
+                with torch.no_grad():
+                    triton_backend.run(*leaves, reset, **options)
+                    slots = torch.zeros(batch, dtype=torch.int32) if dk > 1 else None
+                    few = [x[:, :3].detach() for x in tensors]
+                    triton_decode.advance(*few, *(x.detach() for x in state), slots, **options)
+    for cell, kind in CELLS.items():
+        for d, dtype in ((1, torch.float32), (17, torch.float16), (130, torch.bfloat16)):
+            x = torch.zeros(3, 2, len(kind.input_gates), 1, d, dtype=dtype)
+            weight = torch.zeros(len(kind.recurrent_gates), 1, d, d)
+            state = kind.state_type(*(torch.zeros(3, 1, d) for _ in kind.state_type._fields))
+            reset = torch.zeros(3, 2, dtype=torch.bool)
+            floor = 1.0 if cell == "slstm" else None
+            run_rnn(kind, x, weight, None, state, reset, floor)
+            h, _ = run_rnn(kind, x, weight.requires_grad_(), None, state, reset, floor)
+            h.sum().backward()
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "mlstm-bfloat16": lambda: mlstm("bfloat16"),
     "mlstm-float16": lambda: mlstm("float16"),
@@ -96,6 +141,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "gru-128-bfloat16": lambda: rnn("gru", "bfloat16", 128),
     "elman-128-bfloat16": lambda: rnn("elman", "bfloat16", 128),
     "slstm-32-float32": lambda: rnn("slstm", "float32", 32),
+    "branches": branches,
 }
 ORDINARY = ("mlstm-bfloat16", "step-bfloat16", "slstm-64-bfloat16")
 """Compiled by the ordinary tests; the others by the slow ones."""

@@ -123,15 +123,29 @@ def step(device: torch.device) -> Tiles:
     return Tiles(k=64, v=32, warps=4, stages=2)
 
 
-def fused_head_dim(device: torch.device, dtype: torch.dtype) -> int:
-    """Largest head dimension of the recurrent operator whose matrices stay on the chip without spilling.
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may use; an H100's where the device is not here."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    name = "shared_memory_per_block" if torch.version.hip is not None else "shared_memory_per_block_optin"
+    return getattr(properties, name)
 
-    At 128 four bfloat16 matrices take 128 KB: the shared memory of an NVIDIA multiprocessor holds them, the
-    64 KB of an AMD compute unit do not. Without tensor cores float32 operands stay in registers.
+
+def fused_head_dim(device: torch.device, dtype: torch.dtype) -> int:
+    """Largest head dimension of the recurrent operator whose matrices stay on the chip.
+
+    At 128 four matrices of 16-bit numbers and what a step needs beside them take 136 KB: data-centre GPUs have
+    that much, the 99 KB of others and the 64 KB of an AMD compute unit do not. Without tensor cores float32
+    operands stay in registers.
     """
     if dtype == torch.float32:
         return 32
-    return 64 if architecture(device).startswith("gfx") else 128
+    return 128 if shared_memory(device) >= _FUSED_128 and not architecture(device).startswith("gfx") else 64
+
+
+_FUSED_128 = 139264  # bytes, see slstm-128 in resources.json
 
 
 def rnn(width: int) -> Tiles:

@@ -7,10 +7,13 @@ tests only: start Python with ``TRITON_INTERPRET=1`` and ask for the backend by 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from openxlstm.ops.dispatch import Request
 
 MINIMUM = (3, 6)
 """Oldest Triton release the kernels are tested with."""
+
+MINIMUM_CAPABILITY = (8, 0)
+"""Oldest NVIDIA generation: Ampere, the first with bfloat16 and asynchronous copies."""
 
 MAX_HEAD_DIM = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,12 +60,24 @@ def refuse(request: Request) -> str | None:
         return "runs on CUDA and ROCm devices; on a CPU only for tests, with TRITON_INTERPRET=1"
     if request.device.type not in ("cuda", "cpu"):
         return f"runs on CUDA and ROCm devices, not on {request.device.type}"
+    capability = _capability(request.device)
+    if capability is not None and capability < MINIMUM_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
+        return f"needs an NVIDIA GPU of compute capability {need} or newer, this one has {have}"
     if request.dtype not in DTYPES:
         return f"computes float32, bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
     head_dim = request.options.get("head_dim", 1)
     if head_dim > MAX_HEAD_DIM:
         return f"head dimensions go up to {MAX_HEAD_DIM}, got {head_dim}"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA device that is here, else None."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def automatic(request: Request) -> bool:
@@ -86,9 +104,26 @@ def carried_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def kernel(module: str, name: str) -> Any:
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel: ``kernel[grid](*arguments, **options)`` launches it on its tensors' device, whichever
+    device is the current one, on the current stream of that device."""
+
+    function: Any
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
+            with torch.cuda.device_of(tensor):  # nothing on a CPU
+                self.function[grid](*arguments, **options)
+
+        return launch
+
+
+@functools.cache
+def kernel(module: str, name: str) -> Kernel:
     """A kernel of ``openxlstm.ops.<module>``; importing that module imports Triton."""
-    return getattr(importlib.import_module(f"openxlstm.ops.{module}"), name)
+    return Kernel(getattr(importlib.import_module(f"openxlstm.ops.{module}"), name))
 
 
 def triton_type(dtype: torch.dtype) -> Any:
@@ -97,5 +132,7 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its last dimension is contiguous, as kernels need; else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x itself if kernels can walk through it: its last dimension is contiguous and 1,024 steps along the
+    second, the most that kernels take within a chunk, stay below 2**31 elements. Else a copy."""
+    fits = x.ndim < 2 or x.stride(1) < 2**21
+    return x if fits and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()

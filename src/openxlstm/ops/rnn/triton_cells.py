@@ -208,6 +208,7 @@ def forward_kernel(
                 tl.store(memory + (at + 1) * MEMORY * plane + here, c, mask=inside)
             if CELL == SLSTM:
                 tl.store(memory + ((at + 1) * MEMORY + 1) * plane + here, n, mask=inside)
+    tl.debug_barrier()  # ``last`` may be ``state``: let every thread have read before any overwrites
     tl.store(last + here, h, mask=inside)
     if CELL <= LSTM:
         tl.store(last + plane + here, c, mask=inside)
@@ -341,6 +342,7 @@ def backward_kernel(
             d_c = tl.where(drop, 0.0, d_c)
             d_n = tl.where(drop, 0.0, d_n)
             d_m = tl.where(drop, 0.0, d_m)
+    tl.debug_barrier()
     tl.store(d_state + here, carried, mask=inside)
     if CELL <= LSTM:
         tl.store(d_state + plane + here, d_c, mask=inside)

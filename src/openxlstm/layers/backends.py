@@ -29,6 +29,6 @@ def companion_backend(backend: str) -> str:
     """What the ``backend`` of a layer's main operator means for the smaller ones beside it.
 
     Compiled kernels where those may be chosen; plain PyTorch, which has any number of derivatives, where
-    something else was asked for.
+    something else was asked for. The Triton kernels beside "triton" have no gradient, so "auto" decides.
     """
-    return backend if backend in ("auto", "native") else "portable"
+    return {"auto": "auto", "native": "native", "triton": "auto"}.get(backend, "portable")

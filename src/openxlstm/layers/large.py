@@ -170,7 +170,7 @@ class mLSTMLargeLayer(_FusableModule):
             backend=self.config.ops_backend,
         )
         h, new_state = with_state(result, return_state)
-        y = self.out_proj(torch.sigmoid(o) * self.multihead_norm(h))
+        y = self.out_proj(self.multihead_norm(h, gate=o))
         return (y, new_state) if return_state else y
 
     def step(self, x: Tensor, state: mLSTMState | None = None) -> tuple[Tensor, mLSTMState]:
@@ -179,7 +179,7 @@ class mLSTMLargeLayer(_FusableModule):
         q, k, v, i, f, o = self._project(x)
         q, k, v, i, f = (u[:, 0] for u in (q, k, v, i, f))
         h, state = mlstm_step(q, k, v, i, f, state, eps=self.config.eps, backend=self.step_backend)
-        return self.out_proj(torch.sigmoid(o) * self.multihead_norm(h[:, None])), state
+        return self.out_proj(self.multihead_norm(h[:, None], gate=o)), state
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> mLSTMState:
         """The empty state: zeros."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from openxlstm.layers.backends import check_backend, companion_backend, step_backend
@@ -71,7 +70,8 @@ class mLSTMLayerConfig:
 
 
 class mLSTMCell(nn.Module):
-    """Gates, memory and head norm. q, k, v are (B, T, I); the gates read all heads of all three."""
+    """Gates and memory; the layer applies the head norm. q, k, v are (B, T, I), h is (B, T, H, D); the gates
+    read all heads of all three."""
 
     def __init__(self, config: mLSTMLayerConfig) -> None:
         super().__init__()
@@ -95,13 +95,12 @@ class mLSTMCell(nn.Module):
         result = mlstm(
             q, k, v, i, f, state=state, return_state=return_state, reset=reset, backend=self.backend
         )
-        h, state = with_state(result, return_state)
-        return self.outnorm(h), state
+        return with_state(result, return_state)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: mLSTMState) -> tuple[Tensor, mLSTMState]:
         i, f, q, k, v = (u[:, 0] for u in self._heads(q, k, v))
         h, state = mlstm_step(q, k, v, i, f, state, backend=self.step_backend)
-        return self.outnorm(h[:, None]), state
+        return h[:, None], state
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         gate_input = cast_once(torch.cat([q, k, v], dim=-1))
@@ -203,7 +202,8 @@ class mLSTMLayer(nn.Module):
         return self._output(h, a_conv, z), LayerState(conv_state, cell_state)
 
     def _output(self, h: Tensor, a_conv: Tensor, z: Tensor) -> Tensor:
-        return self.dropout(self.proj_down((h + self.learnable_skip * a_conv) * F.silu(z)))
+        y = self.mlstm_cell.outnorm(h, gate=z, skip=a_conv, skip_weight=self.learnable_skip)
+        return self.dropout(self.proj_down(y))
 
     def initial_state(self, batch_size: int, device: torch.device | str | None = None) -> LayerState:
         """The empty state: zeros."""

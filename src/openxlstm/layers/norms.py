@@ -5,6 +5,7 @@ Large: RMSNorm and per-head LayerNorm with plain weights (start at 1), eps 1e-6,
 back to the input's dtype *before* the weight is applied.
 
 A multi-head norm normalises every head on its own and then scales all channels: (B, T, H, D) -> (B, T, H D).
+The output gate and the skip path that follow belong to the same operator, :func:`openxlstm.ops.head_norm`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openxlstm.layers.precision import at_least_float32
+from openxlstm.ops import head_norm
 
 
 class LayerNorm(nn.Module):
@@ -41,9 +42,19 @@ class MultiHeadLayerNorm(nn.Module):
         self.eps = eps
         self.register_parameter("weight", nn.Parameter(torch.zeros(embedding_dim)) if affine else None)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, H, D) -> (B, T, H D)
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)
-        return y if self.weight is None else y * (1 + self.weight)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        gate: Tensor | None = None,
+        skip: Tensor | None = None,
+        skip_weight: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, H, D) -> (B, T, H D): (norm(x) + skip_weight * skip) * SiLU(gate), as far as given."""
+        return head_norm(
+            x, self.weight, weight_offset=1.0, eps=self.eps, gate=gate, activation="silu", skip=skip,
+            skip_weight=skip_weight, widen=False,
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -64,10 +75,6 @@ class _PlainNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(embedding_dim))
         self.register_parameter("bias", nn.Parameter(torch.zeros(embedding_dim)) if bias else None)
 
-    def _affine(self, x: Tensor) -> Tensor:
-        x = x * self.weight
-        return x if self.bias is None else x + self.bias
-
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -78,15 +85,14 @@ class RMSNorm(_PlainNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight (+ bias), over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., E) -> (..., E)
-        u = at_least_float32(x) if self.force_float32 else x
-        u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
-        return self._affine(u.to(x.dtype))
+        return head_norm(
+            x.unsqueeze(-2), self.weight, self.bias, center=False, eps=self.eps, widen=self.force_float32
+        )
 
 
 class PlainMultiHeadLayerNorm(_PlainNorm):
     """Per-head LayerNorm, then ``weight`` (and bias) per channel: the head norm of xLSTMLarge."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, H, D) -> (B, T, H D)
-        u = at_least_float32(x) if self.force_float32 else x
-        u = F.layer_norm(u, u.shape[-1:], eps=self.eps).flatten(-2)
-        return self._affine(u.to(x.dtype))
+    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor:
+        """(B, T, H, D) -> (B, T, H D), times sigmoid(gate) if there is one."""
+        return head_norm(x, self.weight, self.bias, eps=self.eps, gate=gate, widen=self.force_float32)

@@ -6,6 +6,7 @@ from openxlstm.ops.dense import linear
 from openxlstm.ops.dispatch import explain
 from openxlstm.ops.mlstm.advance import mlstm_advance
 from openxlstm.ops.mlstm.api import mlstm, mlstm_initial_state, mlstm_step
+from openxlstm.ops.normalization import head_norm
 from openxlstm.ops.packing import reset_from_cu_seqlens, reset_from_document_ids
 from openxlstm.ops.quantization import quantized_linear
 from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
@@ -13,6 +14,7 @@ from openxlstm.ops.rnn import rnn, rnn_initial_state, rnn_step
 __all__ = [
     "causal_convolution",
     "explain",
+    "head_norm",
     "linear",
     "linear_cross_entropy",
     "mlstm",

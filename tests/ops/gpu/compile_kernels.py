@@ -67,6 +67,23 @@ def step(dtype_name: str) -> None:
     triton_decode.advance(q, k, v, i, f, c, n, m, slots, sigmoid=False, normalize=True, eps=1e-6)
 
 
+def epilogues() -> None:
+    """What surrounds the cells when a model decodes: norms, gates, convolutions."""
+    import torch
+
+    from openxlstm.ops import causal_convolution, head_norm
+
+    h, o = torch.zeros(2, 1, 8, 512, dtype=torch.bfloat16), torch.zeros(2, 1, 4096, dtype=torch.bfloat16)
+    weight = torch.zeros(4096, dtype=torch.bfloat16)
+    head_norm(h, weight, gate=o, backend="triton")
+    head_norm(o.unsqueeze(-2), weight, center=False, backend="triton")
+    options = {"weight_offset": 1.0, "activation": "silu", "skip": o, "skip_weight": weight}
+    head_norm(h, weight, gate=o, **options, backend="triton")
+    taps = torch.zeros(4096, 4, dtype=torch.bfloat16)
+    causal_convolution(o, taps, weight, silu=True, backend="triton")
+    causal_convolution(o.expand(2, 64, 4096), taps, weight, silu=True, backend="triton")
+
+
 def rnn(cell: str, dtype_name: str, d: int) -> None:
     """Training of a recurrent layer of hidden size 768."""
     import torch
@@ -88,6 +105,7 @@ def branches() -> None:
     interpreter accepts need not compile."""
     import torch
 
+    from openxlstm.ops import causal_convolution, head_norm
     from openxlstm.ops.gpu import configurations
     from openxlstm.ops.mlstm import triton_backend, triton_decode
     from openxlstm.ops.rnn.cells import CELLS
@@ -104,7 +122,11 @@ def branches() -> None:
                 tensors = [
                     torch.zeros(batch, time, heads, *([] if d is None else [d]), dtype=dtype) for d in sizes
                 ]
-                state = torch.zeros(batch, heads, dk, dv), torch.zeros(batch, heads, dk), torch.zeros(batch, heads)
+                state = (
+                    torch.zeros(batch, heads, dk, dv),
+                    torch.zeros(batch, heads, dk),
+                    torch.zeros(batch, heads),
+                )
                 options = {"sigmoid": sigmoid, "normalize": normalize, "eps": 1e-6}
                 configurations.resident = tables
                 leaves = [x.requires_grad_() for x in (*tensors, *state)]
@@ -116,6 +138,25 @@ def branches() -> None:
                     slots = torch.zeros(batch, dtype=torch.int32) if dk > 1 else None
                     few = [x[:, :3].detach() for x in tensors]
                     triton_decode.advance(*few, *(x.detach() for x in state), slots, **options)
+    for batch, time, heads, d in ((1, 1, 1, 1), (2, 5, 3, 17)):
+        x = torch.zeros(batch, time, heads, d, dtype=torch.bfloat16)
+        vector, rows = torch.zeros(heads * d), x.flatten(-2)
+        for options in (
+            {"weight": vector, "bias": vector, "gate": rows},
+            {"weight": vector, "weight_offset": 1.0, "gate": rows, "skip": rows, "skip_weight": vector,
+             "activation": "silu"},
+            {"center": False, "skip": rows},
+        ):  # fmt: skip
+            head_norm(x, **options, backend="triton")
+        reset = torch.zeros(batch, time, dtype=torch.bool)
+        for taps, bias, silu, cuts in (
+            (1, None, False, None),
+            (4, vector, True, None),
+            (4, None, True, reset),
+        ):
+            causal_convolution(
+                rows, torch.zeros(heads * d, taps), bias, silu=silu, reset=cuts, backend="triton"
+            )
     for cell, kind in CELLS.items():
         for d, dtype in ((1, torch.float32), (17, torch.float16), (130, torch.bfloat16)):
             x = torch.zeros(3, 2, len(kind.input_gates), 1, d, dtype=dtype)
@@ -134,6 +175,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "mlstm-float32": lambda: mlstm("float32"),
     "resident-bfloat16": lambda: mlstm("bfloat16", resident=True),
     "step-bfloat16": lambda: step("bfloat16"),
+    "epilogues-bfloat16": epilogues,
     "slstm-64-bfloat16": lambda: rnn("slstm", "bfloat16", 64),
     "slstm-128-bfloat16": lambda: rnn("slstm", "bfloat16", 128),
     "slstm-256-bfloat16": lambda: rnn("slstm", "bfloat16", 256),
@@ -153,7 +195,7 @@ def compile_scenario(target: str, scenario: str) -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from openxlstm.ops.gpu import configurations
+    from openxlstm.ops.gpu import configurations, support
 
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     found: dict[tuple, dict[str, Any]] = {}
@@ -181,6 +223,7 @@ def compile_scenario(target: str, scenario: str) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_launch
     configurations.architecture = lambda index: target
+    support.interpreted = lambda: True  # tensors on the CPU are welcome: nothing runs
     SCENARIOS[scenario]()
     return list(found.values())
 
@@ -192,7 +235,7 @@ def _specialise(kernel: Any, values: dict[str, Any]) -> tuple[dict, dict, dict]:
     signature, constants, attributes = {}, {}, {}
     types = {
         torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-        torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8",
+        torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
     }  # fmt: skip
     for position, parameter in enumerate(kernel.params):
         value = values[parameter.name]

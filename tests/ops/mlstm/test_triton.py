@@ -5,8 +5,6 @@ Every tensor that a kernel is to fill starts as NaN, so anything left out or rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import CASES, Case, conditioning, run
@@ -16,19 +14,11 @@ from openxlstm.ops import dispatch, explain, mlstm
 from openxlstm.ops.gpu import configurations
 from openxlstm.state import mLSTMState
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),  # older interpreters
+]
 SMALL = Case(batch=1, time=21, heads=2)
-
-
-@pytest.fixture(autouse=True)
-def device(triton_device: torch.device) -> Iterator[torch.device]:
-    """Run on the GPU or in the interpreter, with poisoned outputs."""
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        with triton_device:
-            yield triton_device
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:

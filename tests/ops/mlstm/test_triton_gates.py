@@ -8,19 +8,11 @@ from cases import CASES
 
 from openxlstm.ops.mlstm import gates, triton_scalars
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),  # older interpreters
+]
 NAMES = ["one_token", "wide_gates", "reset_and_forget", "sigmoid_reset"]
-
-
-@pytest.fixture(autouse=True)
-def device(triton_device):
-    """Run on the GPU or in the interpreter, with poisoned outputs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        with triton_device:
-            yield triton_device
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def problem(name, device, time=23):

@@ -8,12 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
-from test_triton import SMALL, compare, device, inputs_of  # noqa: F401  (device is a fixture)
+from test_triton import SMALL, compare, inputs_of
 
 from openxlstm.ops import mlstm, mlstm_advance
 from openxlstm.state import mLSTMState
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),  # older interpreters
+]
 TRITON = {"backend": "triton", "chunk_size": 16}
 
 
@@ -138,7 +141,7 @@ def test_forgetting_all_is_a_reset(device):
     assert all(torch.equal(a, b) for a, b in zip(forgotten, both, strict=True))
 
 
-# --- long ----------------------------------------------------------------------------------------------------
+# --- long -------------------------------------------------------------------------------------------
 
 LONG = Case(batch=1, heads=1, time=65536, qk_dim=4, v_dim=4)
 

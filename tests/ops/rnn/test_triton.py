@@ -5,8 +5,6 @@ On a GPU if there is one, else in Triton's interpreter. Tensors that a kernel is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,19 +12,11 @@ from openxlstm.ops import explain, rnn_step
 from openxlstm.ops.gpu import configurations
 from openxlstm.ops.rnn.cells import CELLS
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),  # older interpreters
+]
 cells = pytest.mark.parametrize("cell", list(CELLS))
-
-
-@pytest.fixture(autouse=True)
-def device(triton_device: torch.device) -> Iterator[torch.device]:
-    """Run on the GPU or in the interpreter, with poisoned outputs."""
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        with triton_device:
-            yield triton_device
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["fused", "alternating"])

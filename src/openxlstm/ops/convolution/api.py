@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops import dispatch
-from openxlstm.ops.convolution import native, portable
+from openxlstm.ops.convolution import native, portable, triton_backend
+from openxlstm.ops.gpu import support
 from openxlstm.ops.packing import check_boundaries
 
 dispatch.register(
@@ -31,6 +32,15 @@ dispatch.register(
     refuse=native.refuse,
     automatic=lambda request: request.options.get("time") != 1,  # the call alone costs what one position does
     description="C++, one pass, exact hand-written backward",
+)
+dispatch.register(
+    "causal_convolution",
+    "triton",
+    triton_backend.convolve,
+    priority=30,
+    refuse=triton_backend.refuse,
+    automatic=support.automatic,
+    description="one GPU kernel, for decoding and prefill",
 )
 
 
@@ -70,7 +80,10 @@ def causal_convolution(
     batch, _, channels = x.shape
     past = weight.shape[1] - 1
     before = x.new_zeros(batch, past, channels) if state is None else state.to(x.dtype)
-    request = dispatch.Request(x.device, x.dtype, {"time": x.shape[1]})
+    given = [t for t in (x, weight, bias, state) if t is not None]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    options = {"time": x.shape[1], "taps": weight.shape[1], "needs_grad": needs_grad}
+    request = dispatch.Request(x.device, x.dtype, options)
     run = dispatch.resolve("causal_convolution", backend, request).implementation
     y = run(x, weight, bias, before, reset, silu)
     return (y, _last_inputs(x, before, reset)) if return_state else y
@@ -80,7 +93,9 @@ def _last_inputs(x: Tensor, before: Tensor, reset: Tensor | None) -> Tensor:
     """The state after ``x``: the last K - 1 inputs of the last document, zeros for those before it."""
     past, time = before.shape[1], x.shape[1]
     last = before
-    if time > 0 and past > 0:
+    if time == 1 and past > 0 and reset is None:  # decoding: one copy
+        last = torch.cat([before[:, 1:], x], 1)
+    elif time > 0 and past > 0:
         position = torch.arange(time - past, time, device=x.device)  # (K - 1), negative: in `before`
         inside = position.clamp_min(0)
         earlier = (position + past).clamp_max(past - 1)

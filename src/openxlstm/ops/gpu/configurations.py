@@ -136,9 +136,9 @@ def shared_memory(device: torch.device) -> int:
 def fused_head_dim(device: torch.device, dtype: torch.dtype) -> int:
     """Largest head dimension of the recurrent operator whose matrices stay on the chip.
 
-    At 128 four matrices of 16-bit numbers and what a step needs beside them take 136 KB: data-centre GPUs have
-    that much, the 99 KB of others and the 64 KB of an AMD compute unit do not. Without tensor cores float32
-    operands stay in registers.
+    At 128 four matrices of 16-bit numbers and what a step needs beside them take 136 KB: data-centre GPUs
+    have that much, the 99 KB of others and the 64 KB of an AMD compute unit do not. Without tensor cores
+    float32 operands stay in registers.
     """
     if dtype == torch.float32:
         return 32

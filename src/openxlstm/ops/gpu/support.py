@@ -72,7 +72,7 @@ def refuse(request: Request) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA device that is here, else None."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

@@ -31,7 +31,7 @@ def convolution_kernel(
     if bias is not None:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     reached = valid  # whether the tap lies in the position's document
-    for distance in tl.static_range(TAPS):
+    for distance in tl.static_range(TAPS):  # pyright: ignore[reportGeneralTypeIssues]
         at = position - distance
         if reset is not None and distance > 0:
             reached = reached & (tl.load(reset + at + 1, mask=reached & (at >= -1), other=0) == 0)

@@ -72,10 +72,11 @@ def refuse(request: Request) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA device that is here, else None."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+    """Compute capability of an NVIDIA device that is here, else None; None while a graph is traced."""
+    if torch.compiler.is_compiling() or device.type != "cuda" or torch.version.hip is not None:
+        return None
+    if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
+import torch
+
+from openxlstm.ops.native import loader
 from openxlstm.ops.native.loader import Status
 
 SLOW_MEMORY = 20.0
 """GB/s below which one more memory module, or smaller weights, make decoding noticeably faster."""
+
+
+def say_if_slow(device: torch.device) -> None:
+    """One line on standard error if only a missing native library keeps a CPU from being fast."""
+    status = loader.status()
+    if device.type == "cpu" and status.tier == "unavailable":
+        print(f"openxlstm: several times slower than it could be: {status.reason}", file=sys.stderr)
 
 
 def usable_cores() -> int:

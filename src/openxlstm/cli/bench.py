@@ -7,21 +7,24 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import nn
 from tyro.conf import Positional, arg
 
 from openxlstm.checkpoint import load_pretrained
+from openxlstm.cli.advice import say_if_slow
 from openxlstm.cli.options import parse
 from openxlstm.config import nearest_name
 from openxlstm.inference.engine import DecodeEngine
 from openxlstm.inference.measurement import DecodeSpeed, available_memory, measure_decode
-from openxlstm.inference.runner import ModelRunner
+from openxlstm.inference.runner import ModelRunner, State
 from openxlstm.layers.quantized import Quantization, QuantizedLinear, quantize_model
 from openxlstm.models import state_bytes, xLSTMLarge, xLSTMLargeConfig
+from openxlstm.ops.native import loader
 from openxlstm.runtime import DTYPES
+from openxlstm.state import ModelState
 
 EXAMPLES = """\
   openxlstm bench xlstm-160m --random-weights --dtype bfloat16
@@ -89,13 +92,13 @@ def run(arguments: Sequence[str]) -> int:
         model = random_model(options.model, options.dtype or "bfloat16", options.batch)
     else:
         model = _stored_model(options)
-    engine = DecodeEngine(model, state_dtype=DTYPES[options.state_dtype])
-    state, read_rate = None, None
+    runner = ModelRunner(model)
+    state, read_rate = runner.initial_state(), None
     if options.context:
-        state, read_rate = _read(model, options.context)
-    held = engine.open(None if state is None else state.fork(options.batch), rows=options.batch)
-    speed = measure_decode(model, held, seconds=options.seconds)
-    _report(options, model, speed, read_rate)
+        state, read_rate = _read(runner, options.context)
+    state = _held(model, state.fork(options.batch), options)
+    speed = measure_decode(runner, state, batch=options.batch, seconds=options.seconds)
+    _report(options, speed, read_rate)
     return 0
 
 
@@ -173,9 +176,19 @@ def _stored_model(options: BenchOptions) -> nn.Module:
     return model.eval()
 
 
-def _read(model: nn.Module, context: int) -> tuple[Any, float]:
+def _held(model: nn.Module, state: ModelState, options: BenchOptions) -> State:
+    """The state in the decode engine; as it is where there are no native kernels, and one line says so."""
+    reason = loader.unavailable()
+    if reason is None:
+        return DecodeEngine(model, state_dtype=DTYPES[options.state_dtype]).open(state)
+    if options.state_dtype != "float32":
+        raise ValueError(f"--state-dtype {options.state_dtype} needs native kernels: {reason}")
+    say_if_slow(torch.device("cpu"))
+    return state
+
+
+def _read(runner: ModelRunner, context: int) -> tuple[ModelState, float]:
     """A state after ``context`` random tokens, and the tokens per second at which they were read."""
-    runner = ModelRunner(model)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(runner.vocab_size, (context,), generator=generator).tolist()
     state, start = runner.initial_state(), time.perf_counter()
@@ -184,7 +197,7 @@ def _read(model: nn.Module, context: int) -> tuple[Any, float]:
     return state, context / (time.perf_counter() - start)
 
 
-def _report(options: BenchOptions, model: nn.Module, speed: DecodeSpeed, read_rate: float | None) -> None:
+def _report(options: BenchOptions, speed: DecodeSpeed, read_rate: float | None) -> None:
     kind = options.dtype or ("bfloat16" if options.random_weights else "as stored")
     if options.json:
         facts = dataclasses.asdict(options) | dataclasses.asdict(speed)

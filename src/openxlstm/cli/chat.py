@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from openxlstm.checkpoint import load_pretrained
+from openxlstm.cli.advice import say_if_slow
 from openxlstm.cli.options import parse
-from openxlstm.cli.sampling import SamplingOptions, say_if_slow
+from openxlstm.cli.sampling import SamplingOptions
 from openxlstm.inference import TEMPLATES, Chat, Generator, SamplingConfig
 
 EXAMPLES = """\
@@ -57,6 +58,6 @@ def run(arguments: Sequence[str]) -> int:
         print(piece, end="", flush=True)
 
     generator = Generator(model, tokenizer)
-    say_if_slow(generator)
+    say_if_slow(generator.runner.device)
     Chat(generator, sampling, TEMPLATES[options.template], read=read, write=write).run()
     return 0

@@ -82,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from openxlstm.checkpoint import train_bpe
+    from openxlstm.cli.advice import say_if_slow
     from openxlstm.cli.recipe import build_trainer, make_recipe
     from openxlstm.data import as_source, open_corpus, prepare, python_standard_library
     from openxlstm.models import parameter_count
@@ -122,6 +123,7 @@ def run(arguments: Sequence[str]) -> int:
         }
     )
     trainer, recipe = build_trainer(recipe, resume_hint=hint)
+    say_if_slow(trainer.device)
     tokens = options.steps * recipe.train.batch_size * recipe.data.context_length
     count = parameter_count(trainer.model.config)  # pyright: ignore[reportArgumentType]
     _heading(f"3/4  training: {count:,} parameters, {options.steps} steps, {tokens:,} tokens")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from openxlstm.cli.advice import say_if_slow
 from openxlstm.cli.options import parse
 from openxlstm.runtime import atomic_write_text
 
@@ -92,6 +93,7 @@ def load(model: str, device: str, dtype: str | None = None) -> tuple[Any, Any]:
     from openxlstm.checkpoint import load_pretrained
 
     loaded, tokenizer = load_pretrained(model, device=device, dtype=dtype)
+    say_if_slow(next(loaded.parameters()).device)
     if tokenizer is None:
         raise ValueError(f"'{model}' has no tokenizer, which a text needs; save one beside the weights")
     return loaded, tokenizer

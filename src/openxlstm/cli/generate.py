@@ -13,8 +13,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from openxlstm.checkpoint import load_pretrained
+from openxlstm.cli.advice import say_if_slow
 from openxlstm.cli.options import parse
-from openxlstm.cli.sampling import SamplingOptions, say_if_slow
+from openxlstm.cli.sampling import SamplingOptions
 from openxlstm.inference import Generator, Session
 
 EXAMPLES = """\
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     if tokenizer is None:
         raise ValueError(f"'{options.model}' has no tokenizer; put a tokenizer.json beside the weights")
     generator = Generator(model, tokenizer)
-    say_if_slow(generator)
+    say_if_slow(generator.runner.device)
     if prompts is not None:
         for prompt, result in zip(prompts, generator.complete(prompts, **options.given()), strict=True):
             answer = {"prompt": prompt, "text": result.text, "finish_reason": result.finish_reason}

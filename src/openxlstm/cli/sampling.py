@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from openxlstm.inference import Generator
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +35,3 @@ class SamplingOptions:
         """The sampling fields that were given, for ``SamplingConfig.updated``."""
         names = {field.name for field in fields(SamplingOptions)} - {"dtype", "device"}
         return {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
-
-
-def say_if_slow(generator: Generator) -> None:
-    """One line on standard error if only a missing native library keeps a CPU from decoding fast."""
-    from openxlstm.ops.native import loader
-
-    if generator.runner.device.type == "cpu" and loader.status().tier == "unavailable":
-        print(f"openxlstm: {generator.runner.explain()}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from openxlstm.cli.advice import say_if_slow
 from openxlstm.cli.options import parse
 from openxlstm.cli.recipe import DataSettings, Recipe, build_trainer, read_recipe, take_overrides
 from openxlstm.config import config_to_dict
@@ -69,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if options.resume and not trainer.checkpoints.paths():
         raise FileNotFoundError(f"'{output}' holds no checkpoint to resume; train without --resume first")
+    if trainer.rank == 0:
+        say_if_slow(trainer.device)
     result = trainer.fit(resume=options.resume, on_start=lambda: recipe.write(output / "recipe.yaml"))
     line = f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s"
     if result.bits_per_byte is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from openxlstm.inference.runner import ModelRunner, State
 from openxlstm.inference.slots import HeldState
 from openxlstm.ops.products import read_memory
 from openxlstm.state import leaves
@@ -64,33 +65,35 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensors.values())
 
 
-def state_bytes(held: HeldState) -> int:
-    """Bytes of the states that ``held`` stands for, as the engine keeps them."""
-    engine = held.engine
-    return sum(t.nbytes for t in leaves(engine.states)) // engine.slots * len(held.slots)
+def state_bytes(state: State) -> int:
+    """Bytes of a state; of one that the engine holds, as it keeps them."""
+    if not isinstance(state, HeldState):
+        return sum(t.nbytes for t in leaves(state))
+    engine = state.engine
+    return sum(t.nbytes for t in leaves(engine.states)) // engine.slots * len(state.slots)
 
 
-def measure_decode(model: nn.Module, held: HeldState, *, seconds: float = 3.0) -> DecodeSpeed:
-    """Alternate decode steps, in place, with reads of memory for ``seconds``, at least ten of each.
+def measure_decode(runner: ModelRunner, state: State, *, batch: int, seconds: float = 3.0) -> DecodeSpeed:
+    """Alternate decode steps with reads of memory for ``seconds``, at least ten of each.
 
     Args:
-        model: the engine's model, for the size of its weights.
-        held: states to go on from; they are advanced by random tokens.
+        runner: of the model.
+        state: to go on from with random tokens; the engine advances one that it holds in place.
+        batch: sequences in ``state``.
         seconds: time to spend.
     """
-    engine, batch = held.engine, len(held.slots)
-    traffic = weight_bytes(model) + 2 * state_bytes(held)
+    traffic = weight_bytes(runner.model) + 2 * state_bytes(state)
     probe = torch.ones(PROBE_BYTES // 4)
     generator = torch.Generator().manual_seed(0)
     steps: list[float] = []
     rates: list[float] = []
     load, begin = None, time.perf_counter()
     while load is None or len(steps) < 10 or time.perf_counter() - begin < seconds:
-        tokens = torch.randint(engine.vocab_size, (batch,), generator=generator).tolist()
+        tokens = torch.randint(runner.vocab_size, (batch,), generator=generator).tolist()
         start = time.perf_counter()
         read_memory(probe)
         middle = time.perf_counter()
-        engine.step(tokens, held, reuse=True)
+        _, state = runner.advance(tokens, state, reuse=True)
         end = time.perf_counter()
         if load is None:  # the first round wakes threads and maps pages
             load, begin = OtherLoad(), time.perf_counter()

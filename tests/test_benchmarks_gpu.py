@@ -1,0 +1,99 @@
+"""The script for GPUs, without one: what it survives, what it writes, and a rehearsal of all of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+JOB = """
+import json, os, sys, time
+job = json.loads(sys.argv[1])
+for peer in ("ours", "crashes", "hangs", "last"):
+    if peer in job["skip"]:
+        continue
+    print(json.dumps({"trying": peer}), flush=True)
+    if peer == "crashes":
+        sys.exit("CUDA error: an illegal memory access was encountered")
+    if peer == "hangs":
+        time.sleep(60)
+for peer in ("ours", "last"):
+    print(json.dumps({"row": {"what": peer, "ms": 1.0}}))
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/gpu.py as a module."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("no benchmarks/ beside the tests")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+def test_a_peer_that_crashes_or_hangs_costs_its_own_row(gpu, tmp_path, monkeypatch):
+    """The others are measured, the reasons are one line each, and the file is whole after every job."""
+    (tmp_path / "gpu_jobs.py").write_text(JOB)
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    run = gpu.Run(tmp_path / "out" / "report.json", 1.0, {"date": "today"}, job_seconds=2.0)
+    rows = run.job("mlstm", {"kind": "any"})
+    assert [row["what"] for row in rows] == ["ours", "last"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["mlstm"] == rows
+    reasons = {row["what"]: row["failed"] for row in report["failures"]}
+    assert reasons["crashes"] == "exit status 1: CUDA error: an illegal memory access was encountered"
+    assert reasons["hangs"] == "over 2 seconds"
+    assert os.listdir(tmp_path / "out") == ["report.json"]
+
+
+def test_no_time_left_is_said(gpu, tmp_path):
+    run = gpu.Run(tmp_path / "report.json", 0.0, {})
+    assert run.job("rnn", {"kind": "any"}) == [{"job": {"kind": "any"}, "left out": "no time left"}]
+    gpu.show(run.report["rnn"])
+
+
+def test_every_section_has_jobs_that_exist(gpu):
+    for sizes in (gpu.gpu_jobs.Sizes.full(quick=False), gpu.gpu_jobs.Sizes.toy()):
+        jobs = gpu.gpu_jobs.checks(sizes)
+        for section in gpu.SECTIONS[1:]:
+            jobs += gpu.gpu_jobs.timings(section, sizes, {})
+        assert {job["kind"] for job in jobs} | {"machine"} == set(gpu.gpu_jobs.KINDS)
+        json.dumps(jobs)
+
+
+def test_a_variant_that_cannot_run_is_a_line(gpu, capsys):
+    def broken() -> Any:
+        raise ImportError("no such kernel\nand more")
+
+    calls = gpu.gpu_jobs.prepared({"ours": lambda: {"a": int}, "peer": broken}, {"skip": []})
+    assert list(calls) == ["ours | a"]
+    assert "ImportError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_script_says_so(gpu, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA or ROCm device; this machine has none"):
+        gpu.main()
+
+
+@pytest.mark.slow
+def test_rehearsal(gpu, triton_device, tmp_path):
+    """Every section at toy sizes in the interpreter: the first run on a GPU must not meet a typing error."""
+    output = tmp_path / "report.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--minutes", "30"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(output.read_text())
+    assert "failures" not in report
+    for section in ("mlstm", "decode", "rnn", "model"):
+        assert all("ms" in row for row in report[section] if "ours" in row["what"]), report[section]
+    assert all(row["good"] for row in report["correctness"])

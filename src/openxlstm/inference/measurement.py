@@ -2,7 +2,8 @@
 
 Decoding reads every weight once per token and reads and writes the states, so it is bound by memory. Shared
 machines change their bandwidth from one second to the next: the bound is therefore measured between the
-steps, by reading a large array with the same threads, and the share of the bound is a median over such pairs.
+steps, by reading a large array in huge pages with the same threads, and the share of the bound is a median over
+such pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from openxlstm.inference.runner import ModelRunner, State
 from openxlstm.inference.slots import HeldState
-from openxlstm.ops.products import read_memory
+from openxlstm.ops.products import read_memory, use_huge_pages
 from openxlstm.state import leaves
 
 PROBE_BYTES = 128 << 20
@@ -84,6 +85,7 @@ def measure_decode(runner: ModelRunner, state: State, *, batch: int, seconds: fl
     """
     traffic = weight_bytes(runner.model) + 2 * state_bytes(state)
     probe = torch.ones(PROBE_BYTES // 4)
+    use_huge_pages(probe)
     generator = torch.Generator().manual_seed(0)
     steps: list[float] = []
     rates: list[float] = []

@@ -19,7 +19,7 @@ from openxlstm.models import xLSTMBlockStack, xLSTMLarge, xLSTMLMModel
 from openxlstm.models.large import xLSTMLargeBackbone
 from openxlstm.ops import decode
 from openxlstm.ops.decode import Map, Norm, Program
-from openxlstm.ops.products import Weight, dense_weight
+from openxlstm.ops.products import Weight, dense_weight, use_huge_pages
 from openxlstm.ops.quantization.native import packed_weight
 from openxlstm.state import LayerState, ModelState
 
@@ -37,6 +37,8 @@ _KNOWN = {
     nn.ModuleList,
 }
 _BACKENDS = ("auto", "native")
+_LARGE = 1 << 18
+"""Bytes of a tensor whose pages matter."""
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -68,6 +70,10 @@ def why_not(model: nn.Module) -> str | None:
 def build_program(model: nn.Module, state_dtype: torch.dtype) -> Program:
     """The program of a model that :func:`why_not` finds nothing against."""
     with torch.inference_mode(False), torch.no_grad():
+        weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        for tensor in weights:
+            if tensor.nbytes >= _LARGE:
+                use_huge_pages(tensor)
         if isinstance(model, xLSTMLarge):
             blocks: Any = model.backbone.blocks
             layer_fields = [_large_block(block) for block in blocks]
@@ -86,7 +92,7 @@ def build_program(model: nn.Module, state_dtype: torch.dtype) -> Program:
             head=_map(model.lm_head),
             logit_cap=cap,
             state_dtype=state_dtype,
-            keep=[t.detach() for t in (*model.parameters(), *model.buffers())],
+            keep=weights,
         )
 
 

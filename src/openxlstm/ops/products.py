@@ -53,6 +53,17 @@ class _Probe(ctypes.Structure):
     )
 
 
+class _Span(ctypes.Structure):
+    """``Span`` of native/kernels.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+def use_huge_pages(x: Tensor) -> None:
+    """Move ``x`` into huge pages of memory where the system has them; what is read over and over is read faster then."""
+    loader.call("oxl_huge_pages", _Span(x.data_ptr(), x.nbytes))
+
+
 def read_memory(x: Tensor) -> None:
     """Read ``x``, contiguous float32, from memory as fast as it comes: the bound of decoding.
 

@@ -63,7 +63,14 @@ struct Decode {
 // the next phase before all tasks are done. Who comes late finds phases done, who never comes is not waited for.
 struct Team;
 int64_t team_claim(Team &team, int64_t phase, int64_t count, int worker);  // a task, or -1 if none is left
-void team_finish(Team &team, int64_t phase, int64_t count, int64_t done);  // wait until the others are done too
+int team_size(const Team &team);
+
+// What a member reads first in the next phase: it asks for it while it waits, or memory would lie idle meanwhile.
+struct Ahead {
+    const char *data;
+    int64_t bytes;
+};
+void team_finish(Team &team, int64_t phase, int64_t count, int64_t done, Ahead next);  // wait until the others are done too
 
 }  // namespace oxl
 

@@ -15,14 +15,22 @@ namespace {
 
 constexpr int64_t TASK_BYTES = 64 << 10;  // of weights: small against a phase, large against the cost of taking one
 
+// With the scales.
 inline int64_t bytes_per_row(const oxl::Weight &w) {
     const int64_t eighths = w.kind == oxl::WEIGHT_F32 ? 32 : w.kind == oxl::WEIGHT_BF16 ? 16 : w.kind == oxl::WEIGHT_INT8 ? 8 : 5;
     return w.columns * eighths / 8 + 1;
 }
 
+// Of the packed or plain numbers alone.
+inline int64_t data_bytes(const oxl::Weight &w) {
+    if (w.kind == oxl::WEIGHT_INT4) return padded_columns(w) / 2;
+    return w.columns * (w.kind == oxl::WEIGHT_F32 ? 4 : w.kind == oxl::WEIGHT_BF16 ? 2 : 1);
+}
+
 // A stretch of `rows` rows cut into tasks.
 struct Cut {
     int64_t rows, each, count;
+    explicit Cut(const oxl::Weight &w) : Cut(w.rows, bytes_per_row(w)) {}
     Cut(int64_t all, int64_t bytes) : rows(all) {
         each = oxl::round_up(TASK_BYTES / bytes + 1, 16);
         if (each > all) each = all > 0 ? all : 1;
@@ -31,6 +39,10 @@ struct Cut {
     int64_t begin(int64_t task) const { return task * each; }
     int64_t end(int64_t task) const { return (task + 1) * each < rows ? (task + 1) * each : rows; }
 };
+
+// Both branches of an mLSTM block are made together, and the two halves of a feed-forward.
+inline Cut up_cut(const oxl::Layer &y) { return {y.heads * y.dv, bytes_per_row(y.up.weight) + bytes_per_row(y.z.weight)}; }
+inline Cut ffn_cut(const oxl::Layer &y) { return {y.hidden, bytes_per_row(y.ffn_gate.weight) + bytes_per_row(y.ffn_up.weight)}; }
 
 struct Token {
     const oxl::Decode &a;
@@ -56,15 +68,47 @@ struct Token {
           scales(own + w.own_floats - w.code_floats(args.batch)),
           codes(reinterpret_cast<int16_t *>(scales + Workspace::padded(args.batch))) {}
 
-    // Tasks 0 .. count - 1, shared with the team; `prepare` runs before the first one that is ours.
+    // Tasks 0 .. count - 1, shared with the team; `prepare` runs before the first one that is ours, `next` is wanted then.
     template <class Prepare, class Work>
-    void share(int64_t count, const Prepare &prepare, const Work &work) {
+    void share(int64_t count, const Prepare &prepare, const Work &work, oxl::Ahead next = {}) {
         int64_t done = 0;
         for (int64_t task; (task = oxl::team_claim(team, phase, count, worker)) >= 0; ++done) {
             if (done == 0) prepare();
             work(task);
         }
-        oxl::team_finish(team, phase++, count, done);
+        oxl::team_finish(team, phase++, count, done, next);
+    }
+
+    // The weights of this member's first task in a phase, as far as its products do not ask for themselves.
+    oxl::Ahead first_of(const oxl::Weight &weight, const Cut &cut, int64_t task) const {
+        return {static_cast<const char *>(weight.data) + cut.begin(task) * data_bytes(weight), WEIGHTS_AHEAD<1>};
+    }
+    oxl::Ahead beginning(const oxl::Linear &map, const Cut &cut) const {
+        return first_of(map.weight, cut, cut.count * worker / oxl::team_size(team));
+    }
+    oxl::Ahead beginning(const oxl::Linear &map) const { return beginning(map, Cut(map.weight)); }
+
+    // Of the phase with which a block, or after the last one the prediction, begins.
+    oxl::Ahead beginning(int64_t layer) const {
+        if (layer == a.num_layers) return beginning(a.head);
+        const oxl::Layer &y = a.layers[layer];
+        if (y.kind == oxl::MLSTM_BLOCK) return beginning(y.up, up_cut(y));
+        if (y.kind == oxl::SLSTM_BLOCK) return {};
+        const oxl::Linear *const maps[] = {&y.q, &y.k, &y.v, &y.o, &y.i, &y.f};
+        int64_t task = 0;
+        for (const oxl::Linear *map : maps) task += Cut(map->weight).count;
+        task = task * worker / oxl::team_size(team);
+        for (const oxl::Linear *map : maps) {
+            const Cut cut(map->weight);
+            if (task < cut.count) return first_of(map->weight, cut, task);
+            task -= cut.count;
+        }
+        return {};
+    }
+
+    // What follows the recurrent half of a block.
+    oxl::Ahead after_mixing(const oxl::Layer &y) const {
+        return y.hidden ? beginning(y.ffn_gate, ffn_cut(y)) : beginning(&y - a.layers + 1);
     }
 
     // y[b][r] = bias + sum w x for rows begin .. end
@@ -100,19 +144,19 @@ struct Token {
 
     // The residual stream gains the product of `map` with what `prepare` leaves in `own`.
     template <class Prepare, class First>
-    void project_down(const oxl::Linear &map, const Prepare &prepare, const First &first) {
-        const Cut cut(map.weight.rows, bytes_per_row(map.weight));
+    void project_down(const oxl::Linear &map, const Prepare &prepare, const First &first, oxl::Ahead next) {
+        const Cut cut(map.weight);
         share(cut.count, prepare, [&](int64_t task) {
             if (task == 0) first();
             multiply(map, cut.begin(task), cut.end(task), own, w.inner, w.sum, w.width);
             for (int64_t b = 0; b < a.batch; ++b)
                 for (int64_t r = cut.begin(task); r < cut.end(task); ++r) w.x[b * w.width + r] += w.sum[b * w.width + r];
-        });
+        }, next);
     }
 
     void feed_forward(const oxl::Layer &y) {
         if (y.hidden == 0) return;
-        const Cut cut(y.hidden, bytes_per_row(y.ffn_gate.weight) + bytes_per_row(y.ffn_up.weight));
+        const Cut cut = ffn_cut(y), down(y.ffn_down.weight);
         share(cut.count, [&] { normalize_residual(y.ffn_norm); }, [&](int64_t task) {
             const int64_t begin = cut.begin(task), end = cut.end(task);
             multiply(y.ffn_gate, begin, end, own, w.inner, w.hidden, w.ffn);
@@ -123,13 +167,12 @@ struct Token {
                 for (int64_t r = begin; r < end; r += W)
                     store(gate + r, activate(y.activation, load(gate + r, end - r)) * load(up + r, end - r), end - r);
             }
-        });
-        const Cut down(y.ffn_down.weight.rows, bytes_per_row(y.ffn_down.weight));
+        }, beginning(y.ffn_down));
         share(down.count, [] {}, [&](int64_t task) {
             multiply(y.ffn_down, down.begin(task), down.end(task), w.hidden, w.ffn, w.sum, w.width);
             for (int64_t b = 0; b < a.batch; ++b)
                 for (int64_t r = down.begin(task); r < down.end(task); ++r) w.x[b * w.width + r] += w.sum[b * w.width + r];
-        });
+        }, beginning(&y - a.layers + 1));
     }
 
     // Steps all memories of an mLSTM: w.qkv, w.i, w.f -> w.h, and the next n and m beside the state: other tasks may
@@ -154,7 +197,7 @@ struct Token {
                 float *c = static_cast<float *>(y.c);
                 step_memory(y, b, head, begin, columns, g, c + from * size + begin, c + to * size + begin, y.n + from * y.dk);
             }
-        });
+        }, beginning(y.out));
     }
 
     template <class T>
@@ -205,10 +248,10 @@ struct Token {
         } const parts[] = {{y.q, w.qkv, w.qkv_width}, {y.k, w.qkv + qk, w.qkv_width}, {y.v, w.qkv + 2 * qk, w.qkv_width},
                            {y.o, w.o, w.inner}, {y.i, w.i, w.heads}, {y.f, w.f, w.heads}};
         int64_t count = 0;
-        for (const auto &part : parts) count += Cut(part.map.weight.rows, bytes_per_row(part.map.weight)).count;
+        for (const auto &part : parts) count += Cut(part.map.weight).count;
         share(count, [&] { normalize_residual(y.norm); }, [&](int64_t task) {
             for (const auto &part : parts) {
-                const Cut cut(part.map.weight.rows, bytes_per_row(part.map.weight));
+                const Cut cut(part.map.weight);
                 if (task < cut.count) {
                     multiply(part.map, cut.begin(task), cut.end(task), own, w.inner, part.to, part.stride);
                     if (&part.map == &y.i || &part.map == &y.f)
@@ -240,7 +283,7 @@ struct Token {
                     }
                 }
             },
-            [&] { keep_normalizers(y); });
+            [&] { keep_normalizers(y); }, after_mixing(y));
         feed_forward(y);
     }
 
@@ -258,7 +301,7 @@ struct Token {
 
     void mlstm_block(const oxl::Layer &y) {
         const int64_t inner = y.heads * y.dv;
-        const Cut up(inner, bytes_per_row(y.up.weight) + bytes_per_row(y.z.weight));
+        const Cut up = up_cut(y);
         share(up.count, [&] { normalize_residual(y.norm); }, [&](int64_t task) {
             multiply(y.up, up.begin(task), up.end(task), own, w.inner, w.h, w.inner);
             multiply(y.z, up.begin(task), up.end(task), own, w.inner, w.o, w.inner);
@@ -298,7 +341,7 @@ struct Token {
                     }
                 }
             },
-            [&] { keep_normalizers(y); });
+            [&] { keep_normalizers(y); }, after_mixing(y));
         feed_forward(y);
     }
 
@@ -386,7 +429,7 @@ struct Token {
 
     void predict() {
         const int64_t vocabulary = a.head.weight.rows;
-        const Cut cut(vocabulary, bytes_per_row(a.head.weight));
+        const Cut cut(a.head.weight);
         const auto prepare = [&] {
             if (a.out_norm.kind != oxl::NO_NORM) return normalize_residual(a.out_norm);
             for (int64_t b = 0; b < a.batch; ++b) __builtin_memcpy(own + b * w.inner, w.x + b * w.width, w.width * sizeof(float));

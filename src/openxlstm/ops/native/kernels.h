@@ -146,6 +146,12 @@ struct Probe {
     int32_t *seen;
 };
 
+// Bytes from `data` on.
+struct Span {
+    const void *data;
+    int64_t bytes;
+};
+
 struct Decode;
 struct Team;
 

@@ -9,6 +9,7 @@
 
 #include "bfloat16.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "quantized_products.h"
 #include "vector.h"
 
@@ -35,17 +36,16 @@ inline void multiply_columns(const T *w, int64_t w_stride, const float *x, int64
     }
 }
 
-// One pass over ROWS rows of the matrix for BATCH vectors. One row at a time is one stream through memory, which
-// prefetchers follow best; asking for it early helps them over the ends of pages.
+// One pass over ROWS rows of the matrix for BATCH vectors.
 template <int ROWS, int BATCH, class T>
 inline void multiply_block(const T *w, int64_t columns, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-    constexpr int64_t STEP = 2 * W, LINE = 64 / sizeof(T) > STEP ? 64 / sizeof(T) : STEP;
-    constexpr int64_t AHEAD = 1536 / sizeof(T);
+    constexpr int64_t STEP = 2 * W, LINE = LINE_BYTES / sizeof(T), PART = LINE > STEP ? LINE : STEP;
     vf total[ROWS][BATCH][2] = {};
     int64_t c = 0;
-    for (; c + LINE <= columns; c += LINE) {
-        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + r * columns + c + AHEAD);
-        for (int64_t e = c; e < c + LINE; e += STEP) multiply_columns(w + e, columns, x + e, x_stride, total);
+    for (; c + PART <= columns; c += PART) {
+        for (int r = 0; r < ROWS; ++r)
+            for (int64_t e = c; e < c + PART; e += LINE) prefetch(w + r * columns + e + WEIGHTS_AHEAD<BATCH> / sizeof(T));
+        for (int64_t e = c; e < c + PART; e += STEP) multiply_columns(w + e, columns, x + e, x_stride, total);
     }
     for (; c + STEP <= columns; c += STEP) multiply_columns(w + c, columns, x + c, x_stride, total);
     if (c < columns) {

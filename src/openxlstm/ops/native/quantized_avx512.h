@@ -22,7 +22,7 @@ inline __m512i add_products(__m512i to, __m512i a, __m512i b) {
 
 inline float sum_lanes(__m512 v) { return sum((vf)v); }
 
-#define OXL_INLINE __attribute__((always_inline))
+#define OXL_INLINED __attribute__((always_inline))
 
 // The codes of a batch at a column. Two pointers and multiples of the stride reach eight vectors; a pointer for each would
 // not fit into the registers, and compilers make them if they can.
@@ -35,17 +35,17 @@ struct CodePointers {
         first += n, fifth += n;
         __asm__("" : "+r"(first), "+r"(fifth));
     }
-    OXL_INLINE const int16_t *of(int b) const { return b < 4 ? first + b * stride : fifth + (b - 4) * stride; }
+    OXL_INLINED const int16_t *of(int b) const { return b < 4 ? first + b * stride : fifth + (b - 4) * stride; }
 };
 
 // Sums of the lanes of eight vectors, each added in the order of sum_lanes.
-inline __m256 sums_of_8(const __m512i (&v)[8]) {
+inline __m256 sums_of_8(const __m512i *v) {
     __m512 a[4], b[2];
-    unrolled<4>([&](auto k) OXL_INLINE {
+    unrolled<4>([&](auto k) OXL_INLINED {
         const __m512 one = _mm512_cvtepi32_ps(v[2 * k]), two = _mm512_cvtepi32_ps(v[2 * k + 1]);
         a[k] = _mm512_add_ps(_mm512_shuffle_f32x4(one, two, 0x44), _mm512_shuffle_f32x4(one, two, 0xee));
     });
-    unrolled<2>([&](auto k) OXL_INLINE {  // 128 bits of each of four vectors
+    unrolled<2>([&](auto k) OXL_INLINED {  // 128 bits of each of four vectors
         b[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0x88),
                              _mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0xdd));
     });
@@ -59,31 +59,31 @@ inline __m256 sums_of_8(const __m512i (&v)[8]) {
 template <int ROWS, int BATCH>
 inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_t n, float (*out)[BATCH]) {
     __m512i total[ROWS * BATCH];
-    unrolled<ROWS * BATCH>([&](auto k) OXL_INLINE { total[k] = _mm512_setzero_si512(); });
+    unrolled<ROWS * BATCH>([&](auto k) OXL_INLINED { total[k] = _mm512_setzero_si512(); });
     CodePointers codes(x);
-    const auto add = [&](int64_t c, const auto &bytes) OXL_INLINE {
+    const auto add = [&](int64_t c, const auto &bytes) OXL_INLINED {
         __m512i wide[ROWS];
-        unrolled<ROWS>([&](auto r) OXL_INLINE { wide[r] = _mm512_cvtepi8_epi16(bytes(w + r * row_stride + c)); });
-        unrolled<BATCH>([&](auto b) OXL_INLINE {
+        unrolled<ROWS>([&](auto r) OXL_INLINED { wide[r] = _mm512_cvtepi8_epi16(bytes(w + r * row_stride + c)); });
+        unrolled<BATCH>([&](auto b) OXL_INLINED {
             const __m512i code = load32(codes.of(b) + c);
-            unrolled<ROWS>([&](auto r) OXL_INLINE {
+            unrolled<ROWS>([&](auto r) OXL_INLINED {
                 total[r * BATCH + b] = add_products(total[r * BATCH + b], wide[r], code);
             });
         });
     };
-    const auto whole = [](const int8_t *p) OXL_INLINE { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
+    const auto whole = [](const int8_t *p) OXL_INLINED { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
     for (; n >= 64; n -= 64, w += 64, codes.advance(64)) {
-        unrolled<ROWS>([&](auto r) OXL_INLINE { prefetch(w + r * row_stride + 1024); });
+        unrolled<ROWS>([&](auto r) OXL_INLINED { prefetch(w + r * row_stride + WEIGHTS_AHEAD<BATCH>); });
         add(0, whole), add(32, whole);
     }
     for (; n > 0; n -= 32, w += 32, codes.advance(32)) {  // beyond the row lies another row, or nothing: read no further
         const __mmask32 inside = n < 32 ? (1u << n) - 1 : ~0u;
-        add(0, [&](const int8_t *p) OXL_INLINE { return _mm256_maskz_loadu_epi8(inside, p); });
+        add(0, [&](const int8_t *p) OXL_INLINED { return _mm256_maskz_loadu_epi8(inside, p); });
     }
-    if constexpr (ROWS * BATCH == 8) {
-        _mm256_storeu_ps(out[0], sums_of_8(total));
+    if constexpr (BATCH == 8) {
+        unrolled<ROWS>([&](auto r) OXL_INLINED { _mm256_storeu_ps(out[r], sums_of_8(total + r * BATCH)); });
     } else {
-        unrolled<ROWS * BATCH>([&](auto k) OXL_INLINE { out[k / BATCH][k % BATCH] = sum_lanes(_mm512_cvtepi32_ps(total[k])); });
+        unrolled<ROWS * BATCH>([&](auto k) OXL_INLINED { out[k / BATCH][k % BATCH] = sum_lanes(_mm512_cvtepi32_ps(total[k])); });
     }
 }
 
@@ -118,20 +118,20 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
     const __m512i spread = _mm512_slli_epi32(_mm512_srli_epi32(lane, GROUP == 64 ? 3 : 2), 16);
     CodePointers codes(x);
     __m512 total[BATCH];
-    unrolled<BATCH>([&](auto b) OXL_INLINE { total[b] = _mm512_setzero_ps(); });
-    const auto add = [&](__m512i bytes, __m128i few) OXL_INLINE {
+    unrolled<BATCH>([&](auto b) OXL_INLINED { total[b] = _mm512_setzero_ps(); });
+    const auto add = [&](__m512i bytes, __m128i few) OXL_INLINED {
         const __m512 scale = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, spread, _mm512_castsi128_si512(few)));
         const __m512i nibbles[4] = {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask),
                                     _mm512_and_si512(_mm512_srli_epi16(bytes, 8), mask), _mm512_srli_epi16(bytes, 12)};
-        unrolled<BATCH>([&](auto b) OXL_INLINE {
+        unrolled<BATCH>([&](auto b) OXL_INLINED {
             const int16_t *code = codes.of(b);
             __m512i dot = load32(code + 128);
-            unrolled<4>([&](auto k) OXL_INLINE { dot = add_products(dot, nibbles[k], load32(code + 32 * k)); });
+            unrolled<4>([&](auto k) OXL_INLINED { dot = add_products(dot, nibbles[k], load32(code + 32 * k)); });
             total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, total[b]);
         });
     };
     for (; halves >= 4; halves -= 4, w += 64, codes.advance(INT4_BLOCK), scales += GROUPS) {
-        prefetch(w + 1024);
+        prefetch(w + WEIGHTS_AHEAD<BATCH>);
         int64_t few = 0;
         __builtin_memcpy(&few, scales, GROUPS * sizeof *scales);
         add(_mm512_loadu_si512(w), _mm_cvtsi64_si128(few));
@@ -141,7 +141,7 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
         __builtin_memcpy(&few, scales, halves * 32 / GROUP * sizeof *scales);
         add(_mm512_maskz_loadu_epi64((1u << (2 * halves)) - 1, w), _mm_cvtsi64_si128(few));
     }
-    unrolled<BATCH>([&](auto b) OXL_INLINE { out[b] = sum_lanes(total[b]); });
+    unrolled<BATCH>([&](auto b) OXL_INLINED { out[b] = sum_lanes(total[b]); });
 }
 
 }  // namespace

@@ -4,13 +4,14 @@
 //     int8:  y[b][r] = scale[r] x_scale[b] sum_c w[r][c] code[b][c]
 //     int4:  y[b][r] = x_scale[b] sum_g scale[r][g] sum_{c in g} (nibble[r][c] - 8) code[b][c]
 //
-// One row of the matrix at a time is one stream through memory, which prefetchers follow best. Sums are cut at every
-// BLOCK_COLUMNS columns, where 32-bit lanes could overflow next; nothing depends on the batch or the row range.
+// Sums are cut at every BLOCK_COLUMNS columns, where 32-bit lanes could overflow next; nothing depends on the batch or
+// the row range.
 #pragma once
 
 #include "activations.h"
 #include "bfloat16.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "unroll.h"
 
 namespace {
@@ -44,7 +45,7 @@ inline int64_t code_length(int32_t kind, int64_t columns) {
 
 inline __m256i load16(const int16_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 inline __m128i load_bytes(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
-inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
 
 #endif
 
@@ -87,7 +88,7 @@ inline void dot_int8(const int8_t *w, int64_t row_stride, const Codes &x, int64_
     };
     int64_t c = 0;
     for (; c + 64 <= n; c += 64) {
-        unrolled<ROWS>([&](auto r) { prefetch(w + r * row_stride + c + 1024); });
+        unrolled<ROWS>([&](auto r) { prefetch(w + r * row_stride + c + WEIGHTS_AHEAD<BATCH>); });
         unrolled<4>([&](auto k) { add(c + 16 * k, w + c + 16 * k, row_stride); });
     }
     for (; c < n; c += 16) {  // beyond the row lies another row, or nothing: read no further
@@ -137,7 +138,7 @@ inline void dot_int4(const uint8_t *w, const uint16_t *scales, const Codes &x, i
     };
     const int16_t *codes = x.codes;
     for (; halves >= 2; halves -= 2, w += 32, codes += INT4_BLOCK) {
-        prefetch(w + 1024);
+        prefetch(w + WEIGHTS_AHEAD<BATCH>);
         __m256i scale;
         if (GROUP == 64) {
             scale = _mm256_set1_epi16(static_cast<short>(*scales++));
@@ -253,7 +254,7 @@ void multiply_columns_batch(const oxl::Weight &w, int64_t begin, int64_t end, in
     if (w.kind == oxl::WEIGHT_INT8) {
         const float *scales = static_cast<const float *>(w.scales);
         const auto rows_of = [&](int64_t r) { return static_cast<const int8_t *>(w.data) + r * w.columns + first; };
-        constexpr int ROWS = BATCH == 1 || BATCH == 8 ? 1 : 2;  // with eight vectors one row has work enough
+        constexpr int ROWS = BATCH == 1 ? 1 : 2;  // two rows share the loading of the vectors
         int64_t r = begin;
         for (; r + ROWS <= end; r += ROWS) {
             float dot[ROWS][BATCH];

@@ -9,6 +9,9 @@
 #include <mutex>
 #include <vector>
 
+#include "decode.h"
+#include "prefetch.h"
+
 namespace oxl {
 
 struct Team {
@@ -30,7 +33,9 @@ struct Team {
         return -1;
     }
 
-    void finish(int64_t phase, int64_t count, int64_t done) {
+    int size() const { return members_; }
+
+    void finish(int64_t phase, int64_t count, int64_t done, Ahead next) {
         std::atomic<int64_t> &all = done_[phase].value;
         if (done > 0 && all.fetch_add(done) + done == count && sleepers_.load() > 0) {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -38,6 +43,8 @@ struct Team {
         }
         for (int spin = 0; spin < SPINS; ++spin) {
             if (all.load(std::memory_order_acquire) == count) return;
+            for (int line = 0; line < LINES && next.bytes > 0; ++line, next.data += LINE_BYTES, next.bytes -= LINE_BYTES)
+                prefetch(next.data);
             pause();
         }
         std::unique_lock<std::mutex> lock(mutex_);
@@ -47,7 +54,7 @@ struct Team {
     }
 
   private:
-    static constexpr int SPINS = 2000;
+    static constexpr int SPINS = 2000, LINES = 4;  // more lines at once than the processor can note would be forgotten
 
     static void pause() {
 #if defined(__x86_64__)

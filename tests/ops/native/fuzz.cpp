@@ -2,6 +2,7 @@
 // test_sanitizers.py. Prints "done" at the end.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <deque>
 #include <random>
 #include <thread>
@@ -206,6 +207,10 @@ static void quantized(Random &random, int isa) {
     oxl_product(isa, threads, &rows);
     oxl::QuantizedProduct a = {};
     a.weight = w, a.x = x.data(), a.y = y.data(), a.batch = batch, a.limit = random.below(2) ? 127.0f : 32767.0f;
+    oxl_quantized_product(isa, threads, &a);
+    std::vector<uint16_t> half(x.size()), rounded(y.size());
+    for (size_t k = 0; k < x.size(); ++k) std::memcpy(&half[k], reinterpret_cast<const char *>(&x[k]) + 2, 2);
+    a.x = half.data(), a.y = rounded.data(), a.bfloat16 = 1;
     oxl_quantized_product(isa, threads, &a);
 }
 

@@ -19,5 +19,5 @@
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
     OXL_STRING(OXL_ISA), TILE, mlstm_step, mlstm_forward_scratch, mlstm_backward_scratch, mlstm_forward,
     mlstm_backward, pack, rnn_forward, rnn_backward, convolution_forward, convolution_backward, product,
-    quantize_activations, quantized_product, cross_entropy, probe, decode,
+    quantized_plan, quantize_activations, quantized_product, cross_entropy, probe, decode,
 };

@@ -115,17 +115,21 @@ struct Product {
 };
 
 // The same with a quantised weight (int8 or int4) and activations rounded to integers -limit .. limit, limit at most
-// 32767. x (batch, columns) and y (batch, rows) have no gaps; codes (batch, stride) and scales (batch) are working space
-// that the library provides, see code_stride.
+// 32767. x (batch, columns) and y (batch, rows) have no gaps and are float32 or bfloat16. The rest is how the kernels
+// want the work cut, and working space that the library provides: codes, and a scale and a sum of codes for each vector.
 struct QuantizedProduct {
     Weight weight;
-    const float *x;
-    float *y;
+    const void *x;
+    void *y;
     int64_t batch;
     float limit;
+    int32_t bfloat16;
     int16_t *codes;
     float *scales;
-    int64_t stride, rows_per_task;
+    int32_t *sums;
+    int64_t stride, code_bytes;                 // from one vector's codes to the next one's; of all codes
+    int64_t vectors_per_task, vector_scratch;   // of the rounding
+    int64_t rows_per_task, row_scratch;         // of the product
 };
 
 // Cross-entropy of `rows` vectors of `columns` logits (B, V), which become their gradients where these are asked for.
@@ -169,6 +173,7 @@ struct Kernels {
     void (*convolution_forward)(const Convolution &, int64_t task, float *scratch);
     void (*convolution_backward)(const Convolution &, int64_t task, float *scratch);
     void (*product)(const Product &, int64_t task, float *scratch);
+    void (*quantized_plan)(QuantizedProduct &, int threads);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*cross_entropy)(const CrossEntropy &, int64_t task, float *scratch);

@@ -195,15 +195,15 @@ OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
 OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args) {
     oxl::QuantizedProduct a = *args;
     if (threads < 1) threads = 1;
-    a.stride = oxl::code_stride(a.weight.columns);
-    const Buffer space(oxl::round_up(a.batch, 16) + (a.batch * a.stride + 1) / 2);
+    TABLE[isa]->quantized_plan(a, threads);
+    const int64_t vectors = oxl::round_up(a.batch, 48), tasks = (a.batch + a.vectors_per_task - 1) / a.vectors_per_task;
+    const Buffer space(2 * vectors + (a.code_bytes + 3) / 4);
     if (!space.data) return 1;
     a.scales = space.data;
-    a.codes = reinterpret_cast<int16_t *>(space.data + oxl::round_up(a.batch, 16));
-    a.rows_per_task = a.batch > 8 ? 8 : a.batch;
-    run(a, TABLE[isa]->quantize_activations, (a.batch + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
-    a.rows_per_task = oxl::round_up((a.weight.rows + 8 * threads - 1) / (8 * threads), a.batch > 8 ? 64 : 8);
-    return run(a, TABLE[isa]->quantized_product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
+    a.sums = reinterpret_cast<int32_t *>(space.data + vectors);
+    a.codes = reinterpret_cast<int16_t *>(space.data + 2 * vectors);
+    if (run(a, TABLE[isa]->quantize_activations, tasks, threads, a.vector_scratch)) return 1;
+    return run(a, TABLE[isa]->quantized_product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, a.row_scratch);
 }
 
 OXL_EXPORT int oxl_cross_entropy(int isa, int threads, oxl::CrossEntropy *args) {

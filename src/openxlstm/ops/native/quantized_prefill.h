@@ -7,6 +7,7 @@
 // integers; sections, or the groups of int4, are added in float32.
 #pragma once
 
+#include "byte_products.h"
 #include "quantized_products.h"
 
 namespace {
@@ -162,11 +163,14 @@ void multiply_many(const oxl::Weight &w, int64_t begin, int64_t end, const Codes
 
 inline bool many(const oxl::QuantizedProduct &a) { return a.batch > 8; }
 
-// Rounds the activations of rows_per_task vectors.
-void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *) {
-    const int64_t begin = task * a.rows_per_task, end = begin + a.rows_per_task;
+// Rounds the activations of vectors_per_task vectors.
+void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *scratch) {
+#if defined(__AVX512VNNI__)
+    if (by_bytes(a)) return encode_bytes(a, task, scratch);
+#endif
+    const int64_t begin = task * a.vectors_per_task, end = begin + a.vectors_per_task;
     for (int64_t b = begin; b < end && b < a.batch; ++b) {
-        const float *x = a.x + b * a.weight.columns;
+        const float *x = activations(a, b, scratch);
         const ActivationScale found = activation_scale(x, a.weight.columns, a.limit);
         a.scales[b] = found.scale;
         const int32_t kind = many(a) ? oxl::WEIGHT_INT8 : a.weight.kind;  // multiply_many takes them in plain order
@@ -175,11 +179,38 @@ void quantize_activations(const oxl::QuantizedProduct &a, int64_t task, float *)
 }
 
 // Rows of the matrix, for all vectors.
-void quantized_product(const oxl::QuantizedProduct &a, int64_t task, float *) {
+void quantized_product(const oxl::QuantizedProduct &a, int64_t task, float *scratch) {
     const int64_t begin = task * a.rows_per_task, next = begin + a.rows_per_task;
-    const int64_t end = next < a.weight.rows ? next : a.weight.rows;
+    const int64_t end = next < a.weight.rows ? next : a.weight.rows, rows = end - begin;
+#if defined(__AVX512VNNI__)
+    if (by_bytes(a)) return multiply_many_bytes(a, begin, end, scratch);
+#endif
     const Codes x = {a.codes, a.scales, a.stride};
-    (many(a) ? multiply_many : multiply_codes)(a.weight, begin, end, x, a.batch, a.y, a.weight.rows);
+    const auto multiply = many(a) ? multiply_many : multiply_codes;
+    if (!a.bfloat16) return multiply(a.weight, begin, end, x, a.batch, static_cast<float *>(a.y), a.weight.rows);
+    multiply(a.weight, begin, end, x, a.batch, scratch - begin, rows);
+    for (int64_t b = 0; b < a.batch; ++b)
+        for (int64_t r = 0; r < rows; r += W)
+            store(static_cast<bf16 *>(a.y) + b * a.weight.rows + begin + r, load(scratch + b * rows + r, rows - r), rows - r);
+}
+
+// How both want to be cut, and floats of working space of their tasks.
+void quantized_plan(oxl::QuantizedProduct &a, int threads) {
+    const int64_t columns = a.weight.columns, share = (a.weight.rows + 8 * threads - 1) / (8 * threads);
+    a.vector_scratch = a.bfloat16 ? columns : 0;
+    if (by_bytes(a)) {
+        a.stride = oxl::round_up(columns, 64);
+        a.code_bytes = oxl::round_up(a.batch, BYTE_TOKENS) * a.stride;
+        a.vectors_per_task = BYTE_TOKENS;
+        a.rows_per_task = oxl::round_up(share, BYTE_ROWS);
+        a.row_scratch = a.stride * BYTE_ROWS / 4;
+    } else {
+        a.stride = oxl::code_stride(columns);
+        a.code_bytes = 2 * a.batch * a.stride;
+        a.vectors_per_task = many(a) ? 8 : a.batch;
+        a.rows_per_task = oxl::round_up(share, many(a) ? 64 : 8);
+        a.row_scratch = a.bfloat16 ? a.rows_per_task * a.batch : 0;
+    }
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 
 ``openxlstm::quantized_linear_native`` rounds the activations once, then multiplies integers: up to eight
 vectors (decoding) read every weight once from memory and expand it in registers; more (prompts) run through
-tiles. It computes in float32 around the integers. It has no gradient; the backend ``portable`` has.
+tiles, in bytes where activations have 8 bits and the processor multiplies bytes. It computes in float32
+around the integers. It has no gradient; the backend ``portable`` has.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class _Arguments(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("limit", ctypes.c_float),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("rows_per_task", ctypes.c_int64),
+        ("bfloat16", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "sums")),
+        *((name, ctypes.c_int64) for name in ("stride", "code_bytes")),
+        *((name, ctypes.c_int64) for name in ("vectors_per_task", "vector_scratch")),
+        *((name, ctypes.c_int64) for name in ("rows_per_task", "row_scratch")),
     )
 
 
@@ -60,12 +62,14 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, activation_bits: int) -> Te
 @torch.library.custom_op("openxlstm::quantized_linear_native", mutates_args=())
 def _linear(x: Tensor, codes: Tensor, scales: Tensor, activation_bits: int) -> Tensor:
     columns = x.shape[-1]
-    inputs, codes, scales = x.float().contiguous(), codes.contiguous(), scales.contiguous()
-    y = torch.empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+    inputs = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+    codes, scales = codes.contiguous(), scales.contiguous()
+    y = inputs.new_empty((*x.shape[:-1], codes.shape[0]))
     if y.numel():
         weight = packed_weight(codes, scales, columns)
         batch, limit = inputs.numel() // columns, limit_of(activation_bits)
-        a = _Arguments(weight, inputs.data_ptr(), y.data_ptr(), batch, limit, None, None, 0, 0)
+        bfloat16 = inputs.dtype == torch.bfloat16
+        a = _Arguments(weight, inputs.data_ptr(), y.data_ptr(), batch, limit, bfloat16)
         loader.call("oxl_quantized_product", a)
     return y.to(x.dtype)
 

@@ -80,7 +80,7 @@ inline void encode_bytes(const oxl::QuantizedProduct &a, int64_t tile, float *sc
     const int64_t columns = a.weight.columns, begin = tile * BYTE_TOKENS;
     int8_t *codes = reinterpret_cast<int8_t *>(a.codes) + begin * a.stride;
     for (int64_t t = 0; t < BYTE_TOKENS; ++t) {
-        int32_t total = 0;
+        vi total = {};
         float factor = 0.0f;
         const float *x = scratch;
         if (begin + t < a.batch) {
@@ -91,13 +91,14 @@ inline void encode_bytes(const oxl::QuantizedProduct &a, int64_t tile, float *sc
         for (int64_t c = 0; c < a.stride; c += W) {
             const vf value = factor > 0.0f && c < columns ? load(x + c, columns - c) * factor : vf{};
             const vi code = nearest(value);
-            total += _mm512_reduce_add_epi32((__m512i)code);
-            int8_t four[W];
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(four), _mm512_cvtepi32_epi8((__m512i)code));
-            for (int64_t k = 0; k < W / 4; ++k)
-                __builtin_memcpy(codes + (c / 4 + k) * 4 * BYTE_TOKENS + t * 4, four + 4 * k, 4);
+            total += code;
+            const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)code);
+            int8_t *to = codes + c * BYTE_TOKENS + t * 4;
+            const int32_t four[] = {_mm_cvtsi128_si32(bytes), _mm_extract_epi32(bytes, 1), _mm_extract_epi32(bytes, 2),
+                                    _mm_extract_epi32(bytes, 3)};
+            unrolled<4>([&](auto k) { __builtin_memcpy(to + k * 4 * BYTE_TOKENS, &four[k], 4); });
         }
-        a.sums[begin + t] = total;
+        a.sums[begin + t] = _mm512_reduce_add_epi32((__m512i)total);
     }
 }
 

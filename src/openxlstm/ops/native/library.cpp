@@ -8,6 +8,7 @@
 
 #include <new>
 
+#include "borrowed.h"
 #include "decode.h"
 #include "kernels.h"
 #include "pool.h"
@@ -72,22 +73,22 @@ struct Call {
     int64_t scratch_each;
 };
 
+enum class On { BORROWED, OWN };  // threads, see borrowed.h
+
 template <class Args>
 int run(const Args &args, void (*kernel)(const Args &, int64_t, float *), int64_t tasks, int threads,
-        int64_t scratch_each) {
+        int64_t scratch_each, On on = On::BORROWED) {
     scratch_each = oxl::round_up(scratch_each, 16);
     if (threads > tasks) threads = static_cast<int>(tasks);
     if (threads < 1) threads = 1;
     const Buffer scratch(scratch_each * threads);
     if (!scratch.data) return 1;
     Call<Args> call{args, kernel, scratch.data, scratch_each};
-    oxl::Pool::instance().run(
-        tasks, threads,
-        [](void *context, int64_t task, int worker) {
-            const auto &c = *static_cast<Call<Args> *>(context);
-            c.kernel(c.args, task, c.scratch + worker * c.scratch_each);
-        },
-        &call);
+    const oxl::Pool::Task one = [](void *context, int64_t task, int worker) {
+        const auto &c = *static_cast<Call<Args> *>(context);
+        c.kernel(c.args, task, c.scratch + worker * c.scratch_each);
+    };
+    if (on == On::OWN || !oxl::Borrowed::run(tasks, threads, one, &call)) oxl::Pool::instance().run(tasks, threads, one, &call);
     return 0;
 }
 
@@ -123,6 +124,9 @@ void team_finish(Team &team, int64_t phase, int64_t count, int64_t done, Ahead n
     team.finish(phase, count, done, next);
 }
 }  // namespace oxl
+
+// Lend the threads of an OpenMP runtime to the operators.
+OXL_EXPORT void oxl_borrow(oxl::Borrowed::Parallel parallel) { oxl::Borrowed::use(parallel); }
 
 OXL_EXPORT int oxl_isa_count() { return COUNT; }
 
@@ -223,7 +227,7 @@ OXL_EXPORT int oxl_probe(int isa, int threads, oxl::Probe *args) {
     const Buffer seen(tasks);
     if (!seen.data) return 1;
     a.seen = reinterpret_cast<int32_t *>(seen.data);
-    return run(a, TABLE[isa]->probe, (a.count + a.each - 1) / a.each, threads, 0);
+    return run(a, TABLE[isa]->probe, (a.count + a.each - 1) / a.each, threads, 0, On::OWN);
 }
 
 // Puts what is in memory there, and its neighbours, into huge pages: reading it is then a fifth faster. Only a hint, see

@@ -217,9 +217,22 @@ def _whole(library: Path) -> bool:
         return False
 
 
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch brought; None where there is no such thing."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in (*folder.glob("libgomp*.so*"), *folder.glob("libiomp*.so*")):
+        try:
+            entry = ctypes.CDLL(str(name), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(entry, ctypes.c_void_p).value
+    return None
+
+
 def _open(tier: Tier, path: Path) -> _Loaded:
     library = ctypes.CDLL(str(path))
     library.oxl_isa_name.restype = ctypes.c_char_p
+    library.oxl_borrow(ctypes.c_void_p(_openmp()))
     isas = tuple(
         (library.oxl_isa_name(number).decode(), number)
         for number in range(library.oxl_isa_count())

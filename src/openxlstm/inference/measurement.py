@@ -2,8 +2,8 @@
 
 Decoding reads every weight once per token and reads and writes the states, so it is bound by memory. Shared
 machines change their bandwidth from one second to the next: the bound is therefore measured between the
-steps, by reading a large array in huge pages with the same threads, and the share of the bound is a median over
-such pairs.
+steps, by reading a large array in huge pages with the same threads, and the share of the bound is a median
+over such pairs.
 """
 
 from __future__ import annotations

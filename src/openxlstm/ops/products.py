@@ -60,7 +60,7 @@ class _Span(ctypes.Structure):
 
 
 def use_huge_pages(x: Tensor) -> None:
-    """Move ``x`` into huge pages of memory where the system has them; what is read over and over is read faster then."""
+    """Move ``x`` into huge pages of memory where the system has them: it is read faster from there."""
     loader.call("oxl_huge_pages", _Span(x.data_ptr(), x.nbytes))
 
 

@@ -218,7 +218,7 @@ def _whole(library: Path) -> bool:
 
 
 def _openmp() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that PyTorch brought; None where there is no such thing."""
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch brought; None where it brought none."""
     folder = Path(torch.__file__).parent / "lib"
     for name in (*folder.glob("libgomp*.so*"), *folder.glob("libiomp*.so*")):
         try:

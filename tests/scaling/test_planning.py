@@ -70,17 +70,16 @@ def test_budget_of_devices() -> None:
 
 def test_outside_the_fitted_range_says_how_far(laws: dict) -> None:
     far = plan(1e25, laws, device=H100)
-    notes = " ".join(far["xlstm"][0].warnings)
-    assert "1e+25 FLOPs are 118 times the largest run" in notes
-    assert "times the largest run (6.87e+09)" in notes
-    assert "use more devices" in notes
+    notes = " ".join(place.sentence() for place in far["xlstm"][0].outside)
+    assert "118 times the FLOPs of the largest run (8.48e+22)" in notes
+    assert "times the parameters of the largest run (6.87e+09)" in notes
+    assert "use more devices" in far["xlstm"][0].notes[0]
     inside = plan(1e21, laws, device=H100, gpus=64)
-    assert inside["xlstm"][0].warnings == ()
+    assert inside["xlstm"][0].outside == inside["xlstm"][0].notes == ()
     other = plan(1e21, laws, device=H100, gpus=64, context_length=2048)
-    assert other["xlstm"][0].warnings == ("the law was fitted at context 8192, this is 2048",)
-    assert any(
-        "times below the smallest run" in n for n in plan(1e18, laws, device=H100)["xlstm"][0].warnings
-    )
+    assert other["xlstm"][0].notes == ("the law was fitted at context 8192, this is 2048",)
+    below = plan(1e18, laws, device=H100)["xlstm"][0].outside
+    assert "2.81 times fewer FLOPs than the smallest run (2.81e+18)" in [p.sentence() for p in below]
 
 
 @pytest.mark.parametrize("flops", [0.0, -1.0, float("inf"), float("nan")])
@@ -136,7 +135,7 @@ def test_laws_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     command = ["plan", "--flops", "1e12", "--laws", str(tmp_path / "laws.json"), "--vocab-size", "257"]
     assert main([*command, "--context-length", "128"]) == 0
     out = capsys.readouterr().out
-    assert "compute-optimal" in out
+    assert re.search(r"xlstm\n +optimal +2x smaller", out)
     assert "transformer" not in out
 
 
@@ -159,14 +158,19 @@ def test_files_without_laws(tmp_path: Path) -> None:
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--flops", "1e20"]) == 0
     out = capsys.readouterr().out
-    for part in ("xlstm", "transformer", "compute-optimal", "95 % interval", "assumed", "token ms"):
+    for part in ("95 % interval", "assumed", "next token, ms", "learning rate", "state or cache"):
         assert part in out
+    assert re.search(r"xlstm +transformer\n( +optimal +2x smaller +4x smaller +8x smaller){2}\n", out)
+    assert "days" not in out  # nobody knows, without devices
+    assert max(map(len, out.splitlines())) <= 125
     assert main(["plan", "--gpus", "8", "--hours", "72", "--device", "h100"]) == 0
     assert "3.00" in capsys.readouterr().out  # days
     assert main(["plan", "--flops", "1e24"]) == 0
     out = capsys.readouterr().out
     assert "warnings" in out
-    assert len(re.findall(r"  xlstm, all: 1e\+24 FLOPs are 11.8 times the largest run", out)) == 1
+    assert out.count("xlstm, all: 11.8 times the FLOPs of the largest run (8.48e+22)") == 1
+    assert re.search(r"xlstm, .*: \S+ to \S+ times the tokens of the largest run", out)
+    assert out.count("xlstm, ") <= 4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from openxlstm.cli.options import naming_options, parse
 
 if TYPE_CHECKING:
     from openxlstm.models.accounting import Device
+    from openxlstm.scaling.laws import Outside
     from openxlstm.scaling.planning import Option
 
 EXAMPLES = """\
@@ -24,8 +25,8 @@ EXAMPLES = """\
 class PlanOptions:
     """Plan a training run: sizes, tokens, expected loss, time, memory and the cost of inference.
 
-    The budget is --flops, or --gpus and --hours. The first line of each family is compute-optimal; the others
-    are smaller models trained longer on the same budget. Losses come from laws fitted to the published runs
+    The budget is --flops, or --gpus and --hours. The first column of each family is compute-optimal; the
+    others are smaller models trained longer on the same budget. Losses come from laws fitted to the published runs
     (DCLM, context 8192), or to runs of your own (--laws); what lies outside their range is said.
     """
 
@@ -73,8 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         f"assumed    {options.utilisation:.0%} of the peak in training, 16 bytes per parameter while "
         f"training, bfloat16 inference on one {device.name} at its limits"
     )
-    for family, choices in families.items():
-        print(f"\n{family}\n{table(choices, options.context_length)}")
+    print(f"\n{table(families, options.context_length)}")
     notes = [note for choices in families.values() for note in warnings_of(choices)]
     if notes:
         print("\nwarnings\n" + "\n".join(f"  {note}" for note in notes))
@@ -95,43 +95,55 @@ def _budget(options: PlanOptions, device: Device) -> float:
     return options.flops
 
 
-def table(options: Sequence[Option], context_length: int) -> str:
-    """The options of one family, one per line."""
-    head = [
-        "", "parameters", "tokens", "per param.", "loss", "95 % interval", "days", "GB to train", "GB to run",
-        "state MB", f"prompt of {context_length} s", "token ms", "32 rows ms", "rate", "batch tokens",
-    ]  # fmt: skip
-    rows = [head]
-    for option in options:
-        low, high = option.interval
-        days = "-" if option.seconds is None else f"{option.seconds / 86400:.2f}"
-        rows.append([
-            _label(option), f"{option.num_params:.3g}", f"{option.num_tokens:.3g}", f"{option.ratio:.0f}",
-            f"{option.loss:.3f}", f"{low:.3f}-{high:.3f}", days, f"{option.training_memory / 1e9:.1f}",
-            f"{option.inference_memory / 1e9:.2f}", f"{option.state_memory / 1e6:.1f}",
-            f"{option.prefill_seconds:.3g}", f"{option.step_seconds * 1e3:.3g}",
-            f"{option.batch_step_seconds * 1e3:.3g}", f"{option.learning_rate:.2g}",
-            f"{option.batch_tokens:.2g}",
-        ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *cells in rows:
-        shown = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join(("", first.ljust(widths[0]), *shown)))
-    return "\n".join(lines)
+def table(families: Mapping[str, Sequence[Option]], context_length: int) -> str:
+    """The options of all families side by side, one column each."""
+    rows: list[tuple[str, Callable[[Option], str]]] = [
+        ("parameters", lambda o: f"{o.num_params:.3g}"),
+        ("tokens", lambda o: f"{o.num_tokens:.3g}"),
+        ("tokens per parameter", lambda o: f"{o.ratio:.0f}"),
+        ("loss", lambda o: f"{o.loss:.3f}"),
+        ("95 % interval", lambda o: "{:.3f}-{:.3f}".format(*o.interval)),
+        ("training: GB per device", lambda o: f"{o.training_memory / 1e9:.1f}"),
+        ("  days", lambda o: "" if o.seconds is None else f"{o.seconds / 86400:.2f}"),
+        ("  learning rate", lambda o: f"{o.learning_rate:.2g}"),
+        ("  tokens per batch", lambda o: f"{o.batch_tokens:.2g}"),
+        ("inference: GB", lambda o: f"{o.inference_memory / 1e9:.2f}"),
+        ("  state or cache, MB", lambda o: f"{o.state_memory / 1e6:.1f}"),
+        (f"  prompt of {context_length}, s", lambda o: f"{o.prefill_seconds:.3g}"),
+        ("  next token, ms", lambda o: f"{o.step_seconds * 1e3:.3g}"),
+        ("  in 32 rows, ms", lambda o: f"{o.batch_step_seconds * 1e3:.3g}"),
+    ]
+    columns = [option for choices in families.values() for option in choices]
+    heads = "".join(f"{family:>12}" + " " * 12 * (len(c) - 1) for family, c in families.items())
+    lines = [" " * 24 + heads, " " * 24 + "".join(f"{_label(option):>12}" for option in columns)]
+    for name, shown in rows:
+        values = [shown(option) for option in columns]
+        if any(values):
+            lines.append(f"{name:<24}" + "".join(f"{value:>12}" for value in values))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def warnings_of(options: Sequence[Option]) -> list[str]:
-    """The warnings of one family, each once, with the options it concerns."""
-    concerned: dict[str, list[str]] = {}
+    """The warnings of one family, each kind once, with the options it concerns and how far they are off."""
+    outside: dict[tuple[str, bool], list[tuple[Option, Outside]]] = {}
+    notes: dict[str, list[Option]] = {}
     for option in options:
-        for note in option.warnings:
-            concerned.setdefault(note, []).append(_label(option))
+        for place in option.outside:
+            outside.setdefault((place.quantity, place.above), []).append((option, place))
+        for note in option.notes:
+            notes.setdefault(note, []).append(option)
+    sentences: list[tuple[str, Sequence[Option]]] = []
+    for found in outside.values():
+        factors = sorted({float(f"{place.factor:.3g}") for _, place in found})
+        spread = " to ".join(f"{factor:g}" for factor in (factors[0], factors[-1])[: len(factors)])
+        sentences.append((found[0][1].sentence(spread), [option for option, _ in found]))
+    sentences += notes.items()
     return [
-        f"{options[0].family}, {'all' if len(labels) == len(options) else ', '.join(labels)}: {note}"
-        for note, labels in concerned.items()
+        f"{options[0].family}, "
+        f"{'all' if len(concerned) == len(options) else ', '.join(map(_label, concerned))}: {sentence}"
+        for sentence, concerned in sentences
     ]
 
 
 def _label(option: Option) -> str:
-    return "compute-optimal" if option.shrink == 1 else f"{option.shrink:g}x smaller"
+    return "optimal" if option.shrink == 1 else f"{option.shrink:g}x smaller"

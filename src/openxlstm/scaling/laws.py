@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,26 @@ from openxlstm.scaling.objective import log_loss
 from openxlstm.scaling.parametric import ParametricFit, widening
 
 FORMAT = "openxlstm laws 1"
+
+
+class Outside(NamedTuple):
+    """How far a plan lies outside the range of the runs behind a law."""
+
+    quantity: str
+    """parameters, tokens or FLOPs."""
+    above: bool
+    """Above the largest run, or below the smallest."""
+    factor: float
+    """Over the largest run, or the smallest run over the plan; above 1."""
+    bound: float
+    """Of the largest or smallest run."""
+
+    def sentence(self, factor: str = "") -> str:
+        """In words; ``factor`` replaces the number."""
+        times = factor or f"{self.factor:.3g}"
+        if self.above:
+            return f"{times} times the {self.quantity} of the largest run ({self.bound:.3g})"
+        return f"{times} times fewer {self.quantity} than the smallest run ({self.bound:.3g})"
 
 
 @dataclass(frozen=True)
@@ -59,21 +80,19 @@ class Law:
         low, high = np.exp(np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2]))
         return float(low), float(high)
 
-    def outside(self, num_params: float, num_tokens: float, flops: float) -> list[str]:
-        """Where a run lies outside the fitted range, and how far, in sentences; empty inside."""
-        notes: list[str] = []
+    def outside(self, num_params: float, num_tokens: float, flops: float) -> list[Outside]:
+        """Where a run lies outside the fitted range, and how far; empty inside."""
+        places: list[Outside] = []
         for name, value, (low, high) in (
             ("parameters", num_params, self.num_params),
             ("tokens", num_tokens, self.num_tokens),
             ("FLOPs", flops, self.flops),
         ):
             if value > high * 1.001:
-                notes.append(f"{value:.3g} {name} are {value / high:.3g} times the largest run ({high:.3g})")
+                places.append(Outside(name, True, value / high, high))
             elif value < low * 0.999:
-                notes.append(
-                    f"{value:.3g} {name} are {low / value:.3g} times below the smallest run ({low:.3g})"
-                )
-        return notes
+                places.append(Outside(name, False, low / value, low))
+        return places
 
 
 def law_of(fit: ParametricFit, flops: Table, context_length: int, samples: int = 100) -> Law:

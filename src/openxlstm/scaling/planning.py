@@ -24,7 +24,7 @@ from openxlstm.models.accounting import (
     training_flops_per_token,
 )
 from openxlstm.scaling.design import recommended_batch, recommended_rate, shapes
-from openxlstm.scaling.laws import Law
+from openxlstm.scaling.laws import Law, Outside
 
 TRAINING_BYTES = 16
 """Per parameter: weights, gradients, two moments, all float32."""
@@ -62,7 +62,10 @@ class Option:
     """The same for 32 rows."""
     learning_rate: float
     batch_tokens: float
-    warnings: tuple[str, ...]
+    outside: tuple[Outside, ...]
+    """Where it lies outside the range of the law's runs."""
+    notes: tuple[str, ...]
+    """What else a reader must know."""
 
     @property
     def ratio(self) -> float:
@@ -132,10 +135,10 @@ def plan(
             ladder.append((law.loss(size, tokens), size, tokens, config))
         best = min(ladder, key=lambda entry: entry[0])
         if best[1] in (ladder[0][1], ladder[-1][1]):
-            edge = "smallest" if best[1] == ladder[0][1] else "largest"
+            edge, other = ("smallest", "larger") if best[1] == ladder[0][1] else ("largest", "smaller")
             raise ValueError(
                 f"{family}: a budget of {flops:.3g} FLOPs asks for a model beyond the {edge} this planner "
-                f"knows ({best[1]:.3g} parameters)"
+                f"knows ({best[1]:.3g} parameters); give a {other} budget"
             )
         chosen: dict[int, tuple[float, tuple[float, int, float, Any]]] = {}
         for shrink in shrinks:
@@ -160,17 +163,16 @@ def _option(
 ) -> Option:
     loss, size, tokens, config = entry
     limits = device.peak_flops, device.bandwidth
-    warnings = law.outside(size, tokens, flops)
+    notes: list[str] = []
     if context_length != law.context_length:
-        warnings.append(f"the law was fitted at context {law.context_length}, this is {context_length}")
+        notes.append(f"the law was fitted at context {law.context_length}, this is {context_length}")
     residual = (
         2 * context_length * config.embedding_dim * (config.num_blocks + 34)
     )  # rows kept, one block live
     training = TRAINING_BYTES * size / (gpus or 1) + residual
     if training > device.memory:
-        warnings.append(
-            f"training needs {training / 1e9:.0f} GB per device, a {device.name} has "
-            f"{device.memory / 1e9:.0f} GB: use more devices"
+        notes.append(
+            f"training needs more than the {device.memory / 1e9:.0f} GB of one {device.name}: use more devices"
         )
     return Option(
         family,
@@ -190,5 +192,6 @@ def _option(
         decode_cost(config, 32, context_length).seconds(*limits),
         recommended_rate(size, flops),
         recommended_batch(size, flops),
-        tuple(warnings),
+        tuple(law.outside(size, tokens, flops)),
+        tuple(notes),
     )

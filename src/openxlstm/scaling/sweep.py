@@ -81,7 +81,10 @@ class Sweep:
         """
         path = directory / "design.json"
         if not path.is_file():
-            raise FileNotFoundError(f"'{directory}' holds no study (design.json is missing)")
+            raise FileNotFoundError(
+                f"'{directory}' holds no study (design.json is missing); begin one with --data DIRECTORY "
+                "--budgets FLOPS ..."
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(directory, [planned_run(run) for run in values["runs"]], Path(values["data"]))

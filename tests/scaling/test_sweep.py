@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -103,12 +106,31 @@ STUDY += ["--families", "transformer"]
 """A profile of three sizes and two of them at 8 tokens per parameter: seconds of training."""
 
 
-def test_a_study_runs_stops_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+class InThisProcess:
+    """Runs what a process would be started for, without the seconds that starting it takes."""
+
+    def __init__(self, words: list[str], stdout: Any, env: dict[str, str], **_: Any) -> None:
+        assert words[:3] == [sys.executable, "-m", "openxlstm.cli"]
+        assert env["OMP_NUM_THREADS"] == "1"
+        with io.TextIOWrapper(stdout) as file, contextlib.redirect_stdout(file):
+            self.code = main(words[3:])
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_a_study_runs_stops_and_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = tmp_path / "study"
     words = ["scaling", "sweep", str(study)]
     begin = ["--data", str(data), *STUDY]
     assert main([*words, *begin, "--minutes", "0"]) == 2  # nothing is finished yet
     assert "no run of" in capsys.readouterr().err
+    sweep, done = Sweep.open(study), []
+    assert Sweep(study, sweep.runs[2:3], sweep.data).run(progress=done.append) == []  # a process of its own
+    assert done[-1] == sweep.runs[2].flops
+    monkeypatch.setattr("openxlstm.scaling.sweep.subprocess", SimpleNamespace(Popen=InThisProcess))
     assert main([*words, "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
     assert "5 of 5 runs finished" in printed

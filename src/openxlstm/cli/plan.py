@@ -25,9 +25,10 @@ EXAMPLES = """\
 class PlanOptions:
     """Plan a training run: sizes, tokens, expected loss, time, memory and the cost of inference.
 
-    The budget is --flops, or --gpus and --hours. The first column of each family is compute-optimal; the
-    others are smaller models trained longer on the same budget. Losses come from laws fitted to the published runs
-    (DCLM, context 8192), or to runs of your own (--laws); what lies outside their range is said.
+    The budget is --flops, or --gpus and --hours. The first column of each family is the compute-optimal
+    model; the others are smaller ones, trained longer on the same budget. Losses come from laws fitted to the
+    published runs (DCLM, context 8192), or to runs of your own (--laws); what lies outside their range is
+    said.
     """
 
     flops: float | None = None

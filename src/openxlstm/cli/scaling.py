@@ -195,13 +195,15 @@ def _sweep(arguments: Sequence[str]) -> int:
     start = time.monotonic()
     rank, world_size, slot = (int(os.environ.get(name, value)) for name, value in TORCHRUN.items())
     seconds = None if options.minutes is None else 60 * options.minutes
-    with _terminated_as_interrupted():
-        failures = sweep.share(rank, world_size).run(
+    share = sweep.share(rank, world_size)
+    with _terminated_as_interrupted(), _progress_bar(share, world_size == 1) as bar:
+        failures = share.run(
             options.jobs,
             seconds=seconds,
             threads=options.threads,
             slot=slot * options.jobs,
-            report=lambda line: print(line, flush=True),
+            report=lambda line: (bar.write(line), sys.stdout.flush()),
+            progress=lambda done: bar.update(done - bar.n),
         )
     if world_size > 1:
         print(
@@ -287,9 +289,23 @@ def print_summary(results: Sequence[Any]) -> None:
             )
         for name, law in result.laws.items():
             low, high = law.exponent_interval()
-            print(f"{result.family:<12} {name} exponent {law.exponent:.3f} (95 % {low:.3f} to {high:.3f})")
+            interval = f"95 % {low:.3f} to {high:.3f}" if law.count > 2 else "two budgets, no interval"
+            print(f"{result.family:<12} {name} exponent {law.exponent:.3f} ({interval})")
         if result.notes:
             print(f"{result.family:<12} {len(result.notes)} doubts: see the report")
+
+
+def _progress_bar(sweep: Any, alone: bool) -> Any:
+    """FLOPs done of all; several processes on one terminal have none."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=sum(run.flops for run in sweep.runs),
+        initial=sum(map(sweep.flops_done, sweep.runs)),
+        bar_format="{percentage:3.0f} %|{bar}| {n:.3g} of {total:.3g} FLOPs, {elapsed}, {remaining} to go",
+        disable=not (alone and sys.stderr.isatty()),
+        leave=False,
+    )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ from openxlstm.scaling.power_law import PowerLaw, fit_power_law
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Variable = Literal["num_params", "num_tokens"]
 BUDGET_TOLERANCE = 0.1
+"""Relative distance of a run's FLOPs from the budget it belongs to."""
+MOST_DECADES = 99
+"""Wider intervals have no end."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class IsoFlopFit:
     noise: float
     """Standard deviation of the losses around the parabola."""
     interval: tuple[float, float]
-    """95 % confidence interval of the optimum (first-order error propagation)."""
+    """95 % confidence interval of the optimum (first-order error propagation); 0 to inf if unknown."""
     notes: tuple[str, ...] = ()
     """What makes the optimum doubtful."""
 
@@ -97,14 +100,17 @@ def fit_isoflop(
         covariance = noise**2 * np.linalg.inv(design.T @ design)
         direction = np.array([b / (2 * a**2), -1 / (2 * a), 0.0])
         half = float(stdtrit(free, 0.975) * np.sqrt(direction @ covariance @ direction))
+        half = half if half < MOST_DECADES else np.inf
     best = centre + shift
     notes: list[str] = []
     if not x.min() <= best <= x.max():
         side = "below" if best < x.min() else "above"
         factor = 10 ** max(x.min() - best, best - x.max())
         notes.append(f"the optimum lies {side} all runs, by a factor of {factor:.2f}")
-    if half > 0.15:
-        notes.append(f"the optimum is uncertain by a factor of {10 ** min(half, 9):.2g}")
+    if free == 0:
+        notes.append("three runs leave no scatter, so how certain the optimum is remains unknown")
+    elif half > 0.15:
+        notes.append(f"the optimum is uncertain by a factor of {10**half:.2g}")
     coefficients = (a, b - 2 * a * centre, a * centre**2 - b * centre + c)
     return IsoFlopFit(
         budget,
@@ -115,7 +121,7 @@ def fit_isoflop(
         c - b**2 / (4 * a),
         len(x),
         noise,
-        (float(10 ** (best - min(half, 99))), float(10 ** (best + min(half, 99)))),
+        (float(10 ** (best - half)), float(10 ** (best + half))),
         tuple(notes),
     )
 

@@ -171,9 +171,8 @@ def _option(
     )  # rows kept, one block live
     training = TRAINING_BYTES * size / (gpus or 1) + residual
     if training > device.memory:
-        notes.append(
-            f"training needs more than the {device.memory / 1e9:.0f} GB of one {device.name}: use more devices"
-        )
+        memory = f"{device.memory / 1e9:.0f} GB of one {device.name}"
+        notes.append(f"training needs more than the {memory}: use more devices")
     return Option(
         family,
         shrink,

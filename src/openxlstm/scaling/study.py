@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g}"
+    return f"{low:.3g} to {high:.3g}" if np.isfinite([low, high]).all() else "unknown"
 
 
 def _optimum_rows(result: FamilyResult) -> list[tuple[Any, ...]]:

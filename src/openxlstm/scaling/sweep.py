@@ -35,6 +35,9 @@ STEM = (sys.executable, "-m", "openxlstm.cli")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes; the runs they start are on their own."""
 
+PROGRESS_SECONDS = 2.0
+"""Between two looks at the logs of the runs."""
+
 
 class Sweep:
     """A study in a directory.
@@ -145,6 +148,12 @@ class Sweep:
             "num_heads": run.model["num_heads"],
         }  # fmt: skip
 
+    def flops_done(self, run: PlannedRun) -> float:
+        """FLOPs of a run that its log records."""
+        log = self.path(run) / "log.jsonl"
+        steps = [record.get("step", 0) for record in read_log(log)] if log.is_file() else []
+        return run.flops * max(steps, default=0) / run.steps
+
     def unfinished(self) -> list[PlannedRun]:
         """Runs without a result, in order."""
         return [run for run in self.runs if self.result(run) is None]
@@ -215,7 +224,8 @@ class Sweep:
         seconds: float | None = None,
         threads: int = 1,
         slot: int = 0,
-        report: Callable[[str], None] = lambda _: None,
+        report: Callable[[str], object] = lambda _: None,
+        progress: Callable[[float], object] = lambda _: None,
     ) -> list[str]:
         """Run what is not finished, ``jobs`` processes at a time, the cheapest runs first.
 
@@ -225,6 +235,7 @@ class Sweep:
             threads: of each process.
             slot: number of the first process on this machine; on several GPUs each takes the next one.
             report: called with a line per event.
+            progress: called with the FLOPs done, from time to time.
 
         Returns:
             what failed, in sentences; the other runs are not affected.
@@ -232,7 +243,7 @@ class Sweep:
         waiting = sorted(self.unfinished(), key=lambda run: run.flops)
         total, done, failures = len(self.runs), len(self.runs) - len(waiting), []
         running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}
-        free = list(range(slot, slot + jobs))
+        free, asked = list(range(slot, slot + jobs)), time.monotonic()
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         try:
             while (waiting or running) and time.monotonic() < deadline:
@@ -250,6 +261,9 @@ class Sweep:
                     else:
                         done += 1
                         report(f"{done:>3}/{total}  {run.name}  loss {row['val_loss']:.4f}")
+                if finished or time.monotonic() > asked + PROGRESS_SECONDS:
+                    progress(sum(map(self.flops_done, self.runs)))
+                    asked = time.monotonic()
                 if not finished:
                     time.sleep(0.05)
         finally:

@@ -28,7 +28,7 @@ import torch
 
 from harness import RESULTS, OtherLoad, disturbance, environment, parser, warn
 from openxlstm.runtime import atomic_write_bytes
-from turns import Row, measure
+from turns import NAMES, Row, measure
 
 CONTEXTS = (0, 2048, 8192, 16384)
 TYPES = {"bfloat16": "f16", "int8": "q8_0", "int4": "q4_0", "float32": "f32"}
@@ -67,7 +67,8 @@ PARTS = (*TABLES, "positions", "xlstm-7b", "operators")
 
 def table(part: str, arguments: Any) -> dict[str, Any]:
     """Measure the rows of a part: name, facts and figures of each."""
-    result = measure(rows(part), size=arguments.size, threads=arguments.threads, seconds=arguments.seconds)
+    chosen = [row for row in rows(part) if row.runtime in arguments.runtimes]
+    result = measure(chosen, size=arguments.size, threads=arguments.threads, seconds=arguments.seconds)
     lines = [
         {"name": row.name, "context": row.context, "batch": row.batch, "prompt": row.prompt, **values}
         for row, values in result.items()
@@ -144,6 +145,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--size", choices=("xlstm-160m", "xlstm-400m"), default="xlstm-160m")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--runtimes", nargs="+", choices=list(NAMES), default=list(NAMES))
     p.add_argument("--seconds", type=float, default=2.0, help="of turns per row")
     p.add_argument("--tokens", type=int, default=1_000_000, help="that the small model reads")
     arguments = p.parse_args()

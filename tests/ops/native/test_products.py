@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openxlstm.ops.products import dense_weight, multiply
+from openxlstm.ops.products import dense_weight, multiply, use_huge_pages
 
 SIZES = [(1, 1), (3, 5), (8, 32), (17, 31), (40, 33), (129, 100), (64, 768)]  # (out, in)
 
@@ -55,3 +55,10 @@ def test_what_it_refuses():
         dense_weight(torch.ones(3, 2).T)
     with pytest.raises(ValueError, match=r"x must be \(batch, 3\), got \(1, 2\)"):
         multiply(dense_weight(torch.ones(2, 3)), torch.ones(1, 2))
+
+
+def test_huge_pages_change_nothing(native):
+    for size in (1, 3000, 3 << 20):  # inside a page, and over several
+        x = torch.arange(size, dtype=torch.float32)
+        use_huge_pages(x)
+        assert torch.equal(x, torch.arange(size, dtype=torch.float32))

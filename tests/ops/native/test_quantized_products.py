@@ -95,6 +95,18 @@ def test_accuracy_of_the_rounding(rel_error):
     assert rel_error(round_activations(x, 16), x) < 5e-4
 
 
+@pytest.mark.parametrize(("bits", "group"), SCHEMES)
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_bfloat16_vectors_are_read_and_written_in_place(isa, bits, group, activation_bits):
+    """The same numbers as through float32, rounded once."""
+    for rows, columns, batch in ((70, 33, 5), (33, 130, 12), (97, 64, 31)):
+        packed = packed_matrix(rows, columns, bits, group)
+        x = torch.randn(batch, columns).bfloat16()
+        y = quantized_linear(x, *packed, activation_bits=activation_bits, backend="native")
+        wide = quantized_linear(x.float(), *packed, activation_bits=activation_bits, backend="native")
+        assert torch.equal(y, wide.bfloat16())
+
+
 @pytest.mark.parametrize("backend", ["native", "portable"])
 def test_unusual_activations(backend, isa):
     packed = packed_matrix(9, 40, 4, 32)

@@ -63,8 +63,8 @@ def main() -> None:
         found = report["dtypes"][dtype] = measure(dtype, arguments.repeats)
         rates = found["tokens_per_second"]
         print(
-            f"{dtype}: {rates['alone']:.0f} tokens/s alone, {rates['beside']:.0f} beside a process that holds "
-            f"a core: {found['slowdown']:.2f}x slower"
+            f"{dtype}: {rates['alone']:.0f} tokens/s alone, {rates['beside']:.0f} beside a process that "
+            f"holds a core: {found['slowdown']:.2f}x slower"
         )
     output = arguments.output or RESULTS / f"{datetime.date.today().isoformat()}-busy-core.json"
     atomic_write_bytes(output, (json.dumps(report, indent=1) + "\n").encode())

@@ -299,8 +299,8 @@ def test_plan_checks_the_utilisation_without_devices(mistake: Callable, value: s
     assert "utilisation must lie in (0, 1]" in mistake("plan", "--flops", "1e20", "--utilisation", value)
 
 
-def test_a_missing_option_is_named_with_its_type(mistake: Callable) -> None:
-    assert "needs --model STR (checkpoint directory" in mistake("bench")
+def test_a_missing_argument_is_named_with_its_meaning(mistake: Callable) -> None:
+    assert "needs MODEL (checkpoint directory" in mistake("bench")
 
 
 @pytest.mark.parametrize("value", ["0", "nan", "inf"])

@@ -11,7 +11,7 @@ from cases import CASES, Case, conditioning, run
 from test_chunkwise import plain_formula
 
 from openxlstm.ops import dispatch, explain, mlstm
-from openxlstm.ops.gpu import configurations
+from openxlstm.ops.gpu import configurations, support
 from openxlstm.state import mLSTMState
 
 pytestmark = [
@@ -299,3 +299,47 @@ def test_refusals_say_why(device, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="only for tests, with TRITON_INTERPRET=1"):
         dispatch.resolve("mlstm", "triton", request)
+
+
+@pytest.mark.parametrize("operator", ["mlstm", "mlstm_step", "mlstm_advance", "rnn", "rnn_step", "head_norm"])
+def test_old_versions_and_old_devices_are_named(operator, monkeypatch):
+    """Triton, GPU and device type: what there is, and what is needed."""
+    monkeypatch.setattr(support, "VERSION", (3, 1))
+    assert f"{operator}/triton: cannot: Triton 3.1 is too old, install 3.6 or newer" in explain(
+        operator, device="cuda"
+    )
+    monkeypatch.setattr(support, "VERSION", None)
+    assert "Triton is not installed (pip install 'openxlstm[gpu]')" in explain(operator, device="cuda")
+    monkeypatch.setattr(support, "VERSION", (3, 9))
+    monkeypatch.setattr(support, "_capability", lambda _: (7, 5))
+    wanted = "needs an NVIDIA GPU of compute capability 8.0 or newer, this one has 7.5"
+    assert wanted in explain(operator, device="cuda")
+    assert "runs on CUDA and ROCm devices, not on mps" in explain(operator, device="mps")
+
+
+def test_kernels_run_on_their_tensors_device(monkeypatch):
+    """Whatever device is the current one."""
+    entered = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    x = torch.zeros(1, device="cpu")
+    support.Kernel({(1,): lambda *arguments, **_: entered.append(arguments)})[(1,)](None, x, 3, warps=1)
+    assert entered == [x.device, (None, x, 3), None]
+
+
+def test_strides_beyond_32_bits_are_copied():
+    """Offsets within a chunk are 32 bits wide."""
+    wide = torch.empty((1, 2, 1, 4), device="meta").as_strided((1, 2, 1, 4), (1, 2**21, 1, 1))
+    assert support.unit_stride(wide).stride(1) == 4
+    near = torch.empty((1, 2, 1, 4), device="meta").as_strided((1, 2, 1, 4), (1, 2**21 - 1, 1, 1))
+    assert support.unit_stride(near) is near

@@ -5,6 +5,8 @@ On a GPU if there is one, else in Triton's interpreter. Tensors that a kernel is
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -157,6 +159,63 @@ def test_strides_rows_determinism_and_no_bias(case_on, cell, rel_error):
     assert torch.equal(case.run(case.x, case.weight, None, *case.state, backend="triton")[0], plain)
 
 
+def test_three_runs_have_the_same_bits(case_on, cell_and_floor, scheme):
+    cell, floor = cell_and_floor
+    case = case_on(cell, (2, 4, 2, 5), floor=floor)
+    runs = [case.run_with_gradients(backend="triton") for _ in range(3)]
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@cells
+def test_splits_with_gradients_through_the_state(case_on, cell, scheme, rel_error):
+    """Two calls joined by the state are one call: values and gradients."""
+    case = case_on(cell, (2, 5, 1, 4))
+    results = []
+    for cuts in ((0, 5), (0, 2, 3, 5)):
+        leaves = [t.clone().requires_grad_() for t in case.tensors()]
+        x, weight, bias, *state = leaves
+        pieces = []
+        for a, b in itertools.pairwise(cuts):
+            h, *state = case.run(x[:, a:b], weight, bias, *state, backend="triton")
+            pieces.append(h)
+        loss = sum(h.sin().sum() for h in pieces) + sum(leaf.square().sum() for leaf in state)
+        results.append([torch.cat(pieces, 1), *state, *torch.autograd.grad(loss, leaves)])
+    for one, two in zip(*results, strict=True):
+        assert rel_error(one, two) < 1e-5 or torch.allclose(one, two, atol=1e-7)
+
+
+@cells
+def test_heads_and_rows_can_change_places(case_on, cell, scheme):
+    """Bit for bit."""
+    case = case_on(cell, (3, 3, 2, 5))
+    rows, heads = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
+    moved = case._replace(
+        x=case.x[rows][:, :, :, heads], weight=case.weight[:, heads], bias=case.bias[:, heads],
+        state=type(case.state)(*(leaf[rows][:, heads] for leaf in case.state)),
+    )  # fmt: skip
+    h, *last = case.run(backend="triton")
+    other, *other_last = moved.run(backend="triton")
+    assert torch.equal(h[rows][:, :, heads], other)
+    assert all(torch.equal(a[rows][:, heads], b) for a, b in zip(last, other_last, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_hides_the_launches_of_large_heads(case_on, rel_error):
+    """Forward and backward of alternating products and pointwise kernels, recorded once."""
+    case = case_on("lstm", (4, 20, 2, 192), dtype=torch.bfloat16)
+    leaves = [t.detach().requires_grad_() for t in case.tensors()]
+    recorded = torch.cuda.make_graphed_callables(
+        lambda *tensors: case.run(*tensors, backend="triton")[0], tuple(leaves)
+    )
+    results = []
+    for function in (recorded, lambda *tensors: case.run(*tensors, backend="triton")[0]):
+        h = function(*leaves)
+        results.append([h, *torch.autograd.grad(h.float().square().sum(), leaves)])
+    assert all(rel_error(a, b) < 1e-3 for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 2, 3), (0, 3, 2, 3)])
 def test_nothing_to_do(case_on, shape):
     outputs, gradients = case_on("slstm", shape).run_with_gradients(backend="triton")
@@ -183,6 +242,21 @@ def test_opcheck_and_compile(case_on):
     torch.testing.assert_close(actual, function(*tensors))
     actual.sum().backward()
     assert all(t.grad is not None for t in leaves)
+
+
+@pytest.mark.parametrize(
+    ("shared", "name", "dtype", "expected"),
+    [
+        (232448, "sm_90", torch.bfloat16, 128), (166912, "sm_80", torch.float16, 128),
+        (101376, "sm_86", torch.bfloat16, 64), (65536, "gfx942", torch.bfloat16, 64),
+        (232448, "sm_90", torch.float32, 32),
+    ],
+)  # fmt: skip
+def test_what_fits_on_the_chip(shared, name, dtype, expected, monkeypatch):
+    """Consumer GPUs have less shared memory than the matrices of 128 dimensions take."""
+    monkeypatch.setattr(configurations, "shared_memory", lambda _: shared)
+    monkeypatch.setattr(configurations, "architecture", lambda _: name)
+    assert configurations.fused_head_dim(torch.device("cuda"), dtype) == expected
 
 
 def test_choice():

@@ -152,6 +152,7 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=8.0, help="time budget")
     p.add_argument("--output", type=Path, help="JSON file (default: results/gpu/DATE-DEVICE.json)")
     a = p.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # what is known shows even if the run is cut off
     if a.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():

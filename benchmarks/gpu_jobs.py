@@ -72,6 +72,7 @@ class Sizes:
     @classmethod
     def toy(cls) -> Sizes:
         tiny = {"embedding_dim": 16, "num_heads": 1, "num_blocks": 1, "vocab_size": 7}
+        tiny |= {"ops_backend": "triton"}
         return cls(
             ("one_token", "sigmoid"), (5,), (3, 4, 4), ((1, 20, 1, 8, 8),), ((2, 1, 8, 8),),
             (("lstm", 2, 3, 8, 8),), tiny, tiny | {"batch": 1, "time": 8}, 1,

@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp as cpp
 
+from openxlstm.models.accounting import least_prompt_flops
 from runtimes import gguf_file
 from runtimes.sizes import LLAMAS
 from turns import Work
@@ -50,7 +51,7 @@ class Model:
             run.read(length)
 
         read(130)
-        return Work(read, length, flops=self.shape.flops(length))
+        return Work(read, length, flops=least_prompt_flops(self.shape.config, length))
 
 
 class _Context:

@@ -14,7 +14,7 @@ from openxlstm.cli.bench import SIZES, random_model
 from openxlstm.inference.measurement import state_bytes, weight_bytes
 from openxlstm.inference.runner import ModelRunner
 from openxlstm.layers.quantized import QuantizedLinear
-from openxlstm.models.accounting import least_mlstm_flops
+from openxlstm.models.accounting import least_prompt_flops
 from turns import Work
 
 RATES = {"float32": torch.float32}
@@ -48,7 +48,12 @@ class Model:
             self.runner.advance(tokens[-1:], self.runner.hold(state), reuse=True)
 
         read(tokens[:130])
-        return Work(read, length, flops=self._flops(length), rate_dtype=RATES.get(self.dtype, torch.bfloat16))
+        return Work(
+            read,
+            length,
+            flops=least_prompt_flops(self.config, length),
+            rate_dtype=RATES.get(self.dtype, torch.bfloat16),
+        )
 
     def _state(self, context: int) -> Any:
         """The state after ``context`` tokens; goes on from the longest shorter one that is known."""
@@ -61,18 +66,6 @@ class Model:
         for piece in self.runner.pieces(tokens):
             state = self.runner.read(piece, state)
         return state
-
-    def _flops(self, tokens: int) -> float:
-        """Useful operations: linear maps, the least of the mLSTM at chunks of 64, the head once."""
-        linear = sum(
-            m.in_features * m.out_features
-            for m in self.model.modules()
-            if isinstance(m, (torch.nn.Linear, QuantizedLinear))
-        )
-        c = self.config
-        head, heads = c.embedding_dim * c.vocab_size, c.num_heads
-        mlstm = least_mlstm_flops(tokens, heads, c.qk_dim // heads, c.v_dim // heads, backward=False)
-        return 2.0 * (tokens * (linear - head) + head) + c.num_blocks * mlstm
 
 
 def _tokens(count: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from openxlstm.models import TransformerLMConfig, parameter_count
+
 VOCABULARY = 50304
 
 
@@ -17,25 +19,24 @@ class Llama:
     hidden: int
 
     @property
+    def config(self) -> TransformerLMConfig:
+        """The same model here."""
+        return TransformerLMConfig(self.width, self.heads, self.layers, VOCABULARY, ffn_dim=self.hidden)
+
+    @property
     def weights(self) -> int:
         """Numbers that a decoded token reads: all but the embedding and the norms."""
-        return self.layers * (4 * self.width**2 + 3 * self.width * self.hidden) + self.width * VOCABULARY
+        return self.parameters - self.width * VOCABULARY - (2 * self.layers + 1) * self.width
 
     @property
     def parameters(self) -> int:
         """All parameters."""
-        return self.weights + self.width * VOCABULARY + (2 * self.layers + 1) * self.width
+        return parameter_count(self.config)
 
     @property
     def cache_numbers(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.width
-
-    def flops(self, tokens: int) -> float:
-        """Useful operations of reading a prompt: products, causal attention, the head once."""
-        head = self.width * VOCABULARY
-        products = 2.0 * (tokens * (self.weights - head) + head)
-        return products + 2.0 * self.layers * self.width * tokens * (tokens + 1)
 
 
 LLAMAS = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from openxlstm.models.accounting import least_prompt_flops
 from runtimes.sizes import LLAMAS, VOCABULARY
 from turns import Work
 
@@ -55,4 +56,4 @@ class Model:
             self.model(tokens, use_cache=True, logits_to_keep=1)
 
         read(tokens[:, :130])
-        return Work(read, length, flops=self.shape.flops(length), rate_dtype=self.dtype)
+        return Work(read, length, flops=least_prompt_flops(self.shape.config, length), rate_dtype=self.dtype)

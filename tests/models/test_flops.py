@@ -41,6 +41,7 @@ from openxlstm.models.accounting import (
     forward_flops,
     inference_memory,
     least_mlstm_flops,
+    least_prompt_flops,
     mlstm_backward_flops,
     mlstm_cell_flops,
     prefill_cost,
@@ -220,6 +221,22 @@ def test_least_work_is_a_bound():
         assert least_mlstm_flops(1024, 2, 64, 128, length, backward=False) < count
         both = count + mlstm_backward_flops(1024, 2, 64, 128, length, 1.0).products
         assert least_mlstm_flops(1024, 2, 64, 128, length) < both
+
+
+@pytest.mark.parametrize("name", ["xlstm_large", "transformer_lm"])
+def test_least_work_of_a_prompt(name):
+    """One token: two operations per weight. A long prompt: about its forward pass without the logits."""
+    config = build_config(
+        {"model_type": name, "embedding_dim": 256, "num_heads": 4, "num_blocks": 3, "vocab_size": 512}
+    )
+    with torch.device("meta"):
+        linear = sum(
+            m.weight.numel() for m in build_model(config).modules() if isinstance(m, torch.nn.Linear)
+        )
+    assert least_prompt_flops(config, 1) == pytest.approx(2 * linear, rel=0.05)
+    parts = forward_components(config, 2048)
+    whole = sum(part.products for part in parts.values()) - parts["head"].products
+    assert 0.9 * whole < least_prompt_flops(config, 2048) < 1.01 * whole
 
 
 def test_a_counted_backward_pass_is_about_twice_the_forward_pass():

@@ -171,8 +171,8 @@ def design(
                 used[count] = config
                 runs.append(_run("isoflop", family, config, budget, context_length))
         if ratios:
-            smallest = sorted(used.items())[:: max(1, len(used) // (2 * grid_sizes))][:grid_sizes]
-            for count, config in smallest:
+            smaller_half = sorted(used.items())[:: max(1, len(used) // (2 * grid_sizes))]
+            for count, config in smaller_half[:grid_sizes]:
                 for ratio in ratios:
                     flops = training_flops_per_token(config, context_length) * ratio * count
                     runs.append(_run("tokenparam", family, config, flops, context_length, ratio))

@@ -20,7 +20,6 @@ from openxlstm.models import TransformerLMConfig, xLSTMLargeConfig
 from openxlstm.models.accounting import Cost, decode_cost, find_device, prefill_cost
 from openxlstm.scaling.data import Table, require_runs
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 LEAST_LATENCY = 1e-6  # seconds: one kernel launch; keeps latencies positive
 LEAST_STEP_BATCH = 8  # below, steps are bound by launching kernels
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from openxlstm.scaling.data import Table, check_one_convention, require_runs
+from openxlstm.scaling.optimization import Array
 from openxlstm.scaling.power_law import PowerLaw, fit_power_law
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Variable = Literal["num_params", "num_tokens"]
 BUDGET_TOLERANCE = 0.1
 """Relative distance of a run's FLOPs from the budget it belongs to."""

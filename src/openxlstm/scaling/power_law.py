@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from openxlstm.scaling.data import Table, require_runs
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from openxlstm.scaling.optimization import Array
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from openxlstm.models.accounting.flops import (
     Counting,
     forward_components,
     forward_flops,
+    least_prompt_flops,
     training_flops_per_token,
 )
 from openxlstm.models.accounting.hardware import DEVICES, Device, find_device, roofline
@@ -39,6 +40,7 @@ __all__ = [
     "forward_flops",
     "inference_memory",
     "least_mlstm_flops",
+    "least_prompt_flops",
     "mlstm_backward_flops",
     "mlstm_cell_flops",
     "parameter_count",

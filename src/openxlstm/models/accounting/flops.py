@@ -11,6 +11,7 @@ from openxlstm.models.accounting.cells import (
     Flops,
     MLSTMForm,
     attention_flops,
+    least_mlstm_flops,
     mlstm_backward_flops,
     mlstm_cell_flops,
 )
@@ -80,6 +81,22 @@ def forward_components(
 def forward_flops(config: LanguageModelConfig, context_length: int, counting: Counting = PUBLISHED) -> float:
     """FLOPs of the forward pass over one sequence of ``context_length`` tokens."""
     return sum(part.total for part in forward_components(config, context_length, counting).values())
+
+
+def least_prompt_flops(config: xLSTMLargeConfig | TransformerLMConfig, time: int) -> float:
+    """Matrix products that reading a prompt of ``time`` tokens cannot leave out, for one row.
+
+    Linear maps of every token, the mLSTM by :func:`least_mlstm_flops` or the exact causal triangle of
+    attention, and the logits of the last position. The yardstick of the prompt benchmarks.
+    """
+    parts = forward_components(config, time)
+    if isinstance(config, TransformerLMConfig):
+        mixer = 2.0 * time * (time + 1) * config.num_heads * config.head_dim
+    else:
+        heads = config.num_heads
+        mixer = least_mlstm_flops(time, heads, config.qk_dim // heads, config.v_dim // heads, backward=False)
+    linear = parts["projections"].products + parts["feedforward"].products
+    return linear + config.num_blocks * mixer + parts["head"].products / time
 
 
 def training_flops_per_token(

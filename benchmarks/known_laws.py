@@ -129,7 +129,9 @@ def bounds(exact: ParametricFit) -> dict[str, float]:
     slopes = (log_loss(point + shifts, log_n, log_d) - log_loss(point - shifts, log_n, log_d)) / 2e-5
     covariance = NOISE**2 * np.linalg.inv(slopes @ slopes.T)
     deviations = dict(zip(NAMES, np.sqrt(np.diag(covariance)), strict=False))
-    relative = {name: float(deviations[name] / abs(getattr(exact, name))) for name in NAMES[:size]}
+    relative = {
+        name: float(deviations[name] / abs(getattr(exact, name))) for name in NAMES[:size] if name != "e"
+    }
     exponent = np.zeros(size)
     total = exact.alpha + exact.beta
     exponent[3], exponent[4] = -exact.beta / total**2, exact.alpha / total**2

@@ -67,10 +67,10 @@ def _checks(cells: Sequence[Cell]) -> list[Check]:
         what = "without outer exponent: a, b, alpha, beta, relative"
         checks.append(Check(what, len(plain), max(differences), PARAMETER_LIMIT))
     for what, reasons, fit_of, limit in (
-        ("E where the data identify it, relative", ("", DIFFERENT), "published", PARAMETER_LIMIT),
-        ("E where the minimum lies at E = 0, in nats", (AT_BOUND,), "published", NO_E),
+        ("E where identified, relative", ("", DIFFERENT), "published", PARAMETER_LIMIT),
+        ("E where the minimum is E = 0, in nats", (AT_BOUND,), "published", NO_E),
         (
-            "E where the published point has not converged, continued",
+            "E, unconverged point continued",
             (UNCONVERGED,),
             "continued",
             PARAMETER_LIMIT,

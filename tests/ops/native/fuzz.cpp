@@ -59,8 +59,9 @@ static void mlstm(Random &random, int isa) {
     oxl::Mlstm a = {};
     a.batch = 1 + random.below(3), a.time = 1 + random.below(60), a.heads = 1 + random.below(3);
     a.dk = 1 + random.below(40), a.dv = 1 + random.below(140), a.chunk = 1 + random.below(a.time), a.splits = 1;
-    a.chunks = (a.time + a.chunk - 1) / a.chunk, a.bfloat16 = random.below(2), a.normalize = random.below(2), a.eps = 1e-6f;
-    const int64_t pairs = a.batch * a.heads, rows = pairs * a.time, padded = pairs * a.chunks * a.chunk;
+    a.chunks = (a.time + a.chunk - 1) / a.chunk, a.eps = 1e-6f;
+    a.bfloat16 = random.below(2), a.bfloat16_gates = random.below(2), a.sigmoid = random.below(2), a.normalize = random.below(2);
+    const int64_t pairs = a.batch * a.heads, rows = pairs * a.time;
     const int64_t size = a.bfloat16 ? 2 : 4, state = pairs * a.dk * a.dv;
     const auto tensor = [&](int64_t width) {  // any values: the first bytes of random floats
         const Floats x = random.floats(rows * width);
@@ -72,23 +73,21 @@ static void mlstm(Random &random, int isa) {
     };
     const auto q = tensor(a.dk), k = tensor(a.dk), v = tensor(a.dv), dh = tensor(a.dv);
     std::vector<char> h(v.size()), dq(q.size()), dk(k.size()), dv(v.size());
-    std::vector<double> rows_of(padded, -0.5), columns(padded, -0.5);
-    std::vector<int32_t> segment(padded);
-    for (auto &s : segment) s = static_cast<int32_t>(random.below(2));
-    const Floats gates(padded, 0.5f), floor(rows, 1.0f), c0 = random.floats(state), n0 = random.floats(pairs * a.dk);
-    Floats c(state), n(n0.size()), r(rows), den(rows), dc(state), dn(n0.size());
+    const Floats i = random.floats(rows), f = random.floats(rows), m0 = random.floats(pairs);
+    const Floats c0 = random.floats(state), n0 = random.floats(pairs * a.dk);
+    std::vector<uint8_t> reset(a.batch * a.time);
+    for (auto &r : reset) r = random.below(8) == 0;
+    Floats c(state), n(n0.size()), m(pairs), r(rows), den(rows), dc(state), dn(n0.size()), dm(pairs), di(rows), df(rows);
     a.q = view(q, a.dk), a.k = view(k, a.dk), a.v = view(v, a.dv);
-    a.rows = rows_of.data(), a.columns = columns.data(), a.segment = segment.data();
-    a.carry_in = a.to_state = a.keep = gates.data(), a.floor = floor.data(), a.c0 = c0.data(), a.n0 = n0.data();
-    a.h = h.data(), a.c = c.data(), a.n = n.data(), a.r = r.data(), a.den = den.data();
+    a.i = oxl::View{i.data(), a.time * a.heads, a.heads, 1}, a.f = oxl::View{f.data(), a.time * a.heads, a.heads, 1};
+    a.reset = random.below(2) ? reset.data() : nullptr, a.c0 = c0.data(), a.n0 = n0.data(), a.m0 = m0.data();
+    a.h = h.data(), a.c = c.data(), a.n = n.data(), a.m = m.data(), a.r = r.data(), a.den = den.data();
     const int threads = 1 + static_cast<int>(random.below(3));
     oxl_mlstm_forward(isa, threads, &a);
-    std::vector<double> row_flow(padded), chunk_flow(pairs * a.chunks), first_flow(pairs), di(rows), path(rows);
     a.h_view = view(h, a.dv), a.dh = random.below(4) ? view(dh, a.dv) : oxl::View{};
     a.dc_last = random.below(2) ? c0.data() : nullptr, a.dn_last = random.below(2) ? n0.data() : nullptr;
+    a.dm_last = random.below(2) ? m0.data() : nullptr, a.di = di.data(), a.df = df.data(), a.dm0 = dm.data();
     a.dq_out = dq.data(), a.dk_out = dk.data(), a.dv_out = dv.data(), a.dc0 = dc.data(), a.dn0 = dn.data();
-    a.row_flow = row_flow.data(), a.chunk_flow = chunk_flow.data(), a.first_flow = first_flow.data();
-    a.di = di.data(), a.path = path.data();
     oxl_mlstm_backward(isa, threads, &a);
 }
 

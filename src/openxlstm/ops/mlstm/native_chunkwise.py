@@ -1,9 +1,10 @@
 """Backend ``native`` of the mLSTM over sequences: the chunkwise algorithm in C++, on CPUs.
 
-The mathematics of :mod:`openxlstm.ops.mlstm.chunkwise`, whose gate scalars, saved tensors and gradient
-formulas it shares. One task walks over the chunks of one head with the state beside the core: every tile of
-scores, decays and gradients lives in the cache and never reaches main memory. Results depend neither on the
-number of threads nor on the rest of the batch, bit for bit.
+The mathematics of :mod:`openxlstm.ops.mlstm.chunkwise`, whose saved tensors and gradient formulas it shares;
+the scalars of the gates are those of :mod:`openxlstm.ops.mlstm.gates`. One task walks over the chunks of one
+head with the state beside the core: every tile of scores, decays and gradients lives in the cache and never
+reaches main memory. Results depend neither on the number of threads nor on the rest of the batch, bit for
+bit.
 
 Arithmetic is float32, and float16 operands are widened on reading, which is exact. So are those in bfloat16,
 unless the processor multiplies bfloat16 itself (instruction set ``avx512_bf16``): then scores, weighed keys
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.mlstm import chunkwise
-from openxlstm.ops.mlstm.gates import Gates, gradients, prepare
 from openxlstm.ops.native import loader
 
 
@@ -45,19 +45,17 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("batch", "time", "heads", "dk", "dv", "chunk", "chunks", "splits")
         ),
-        ("bfloat16", ctypes.c_int32),
-        ("normalize", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "bfloat16_gates", "sigmoid", "normalize")),
         ("eps", ctypes.c_float),
-        *((name, _View) for name in "qkv"),
-        *((name, ctypes.c_void_p) for name in ("rows", "columns", "segment", "carry_in", "to_state", "keep")),
-        *((name, ctypes.c_void_p) for name in ("floor", "c0", "n0", "h", "c", "n", "r", "den")),
+        *((name, _View) for name in "qkvif"),
+        *((name, ctypes.c_void_p) for name in ("reset", "c0", "n0", "m0", "h", "c", "n", "m", "r", "den")),
         ("h_view", _View),
         ("dh", _View),
+        *((name, ctypes.c_void_p) for name in ("dc_last", "dn_last", "dm_last")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("dc_last", "dn_last", "dq_out", "dk_out", "dv_out", "dc0", "dn0")
+            for name in ("dq_out", "dk_out", "dv_out", "di", "df", "dc0", "dn0", "dm0")
         ),
-        *((name, ctypes.c_void_p) for name in ("row_flow", "chunk_flow", "first_flow", "di", "path")),
     )
 
 
@@ -69,22 +67,27 @@ def refuse(request: Request) -> str | None:
 class _Call:
     """The arguments that forward and backward share, and the tensors that must outlive the call."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, normalize: bool, eps: float) -> None:
+    def __init__(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],  # q, k, v
+        gates: tuple[Tensor, Tensor],  # i, f
+        state: tuple[Tensor, Tensor, Tensor],
+        reset: Tensor | None,
+        options: tuple[bool, bool, float, int],  # sigmoid, normalize, eps, chunk_size
+    ) -> None:
+        q, _, v = operands
         batch, time, heads, qk_dim = q.shape
-        self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        sigmoid, normalize, eps, chunk = options
+        self.dtype = _dtype(q)
+        self.gate_dtype = _dtype(*gates)
         self._alive: list[Tensor] = []
-        chunks, chunk = gates.rows.shape[-2:]
-        sizes = (batch, time, heads, qk_dim, v.shape[-1], chunk, chunks, 1)
-        self.arguments = a = _Arguments(*sizes, self.dtype == torch.bfloat16, normalize, eps)
-        a.q, a.k, a.v = (self.view(x) for x in (q, k, v))
-        a.rows, a.columns = self.keep(gates.rows), self.keep(gates.columns)
-        a.segment = self.keep(gates.segment, torch.int32)
-        a.carry_in, a.to_state = (
-            self.keep(gates.carry_in, torch.float32),
-            self.keep(gates.to_state, torch.float32),
-        )
-        a.keep = self.keep(gates.keep, torch.float32)
-        a.floor = self.keep((-gates.m).exp(), torch.float32)
+        sizes = (batch, time, heads, qk_dim, v.shape[-1], chunk, -(-time // chunk), 1)
+        halves = (self.dtype == torch.bfloat16, self.gate_dtype == torch.bfloat16)
+        self.arguments = a = _Arguments(*sizes, *halves, sigmoid, normalize, eps)
+        a.q, a.k, a.v = (self.view(x) for x in operands)
+        a.i, a.f = (self._strided(x.to(self.gate_dtype)) for x in gates)
+        a.reset = self.keep(reset, torch.bool)
+        a.c0, a.n0, a.m0 = (self.keep(x, torch.float32) for x in state)
 
     def keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
         """Address of a contiguous form of x."""
@@ -99,14 +102,20 @@ class _Call:
         if x is None:
             return _View(None, 0, 0, 0)
         x = x.to(self.dtype)
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        return self._strided(x if x.stride(-1) == 1 else x.contiguous())
+
+    def output(self, x: Tensor) -> Tensor:
+        """Memory for a result of the shape of x, laid out (B, T, H, D), or (B, T, H) for a gate."""
+        return torch.empty(x.shape, dtype=self.dtype if x.ndim == 4 else self.gate_dtype)
+
+    def _strided(self, x: Tensor) -> _View:
         self._alive.append(x)
         return _View(x.data_ptr(), *x.stride()[:3])
 
-    def output(self, x: Tensor) -> Tensor:
-        """Memory for a result of the shape of x, laid out (B, T, H, D)."""
-        return torch.empty(x.shape, dtype=self.dtype)
+
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    """What the kernel reads these tensors in."""
+    return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32
 
 
 @torch.library.custom_op("openxlstm::mlstm_native", mutates_args=())
@@ -129,15 +138,12 @@ def _forward(
     batch, time, heads, _ = q.shape
     if time == 0 or batch == 0:
         return chunkwise._forward(q, k, v, i, f, c0, n0, m0, reset, sigmoid, normalize, eps, chunk_size)
-    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
-    call = _Call(q, k, v, gates, normalize, eps)
+    call = _Call((q, k, v), (i, f), (c0, n0, m0), reset, (sigmoid, normalize, eps, chunk_size))
     a, h = call.arguments, call.output(v)
-    c, n = (torch.empty(x.shape, dtype=torch.float32) for x in (c0, n0))
+    c, n, m = (torch.empty(x.shape, dtype=torch.float32) for x in (c0, n0, m0))
     r, den = (torch.empty(batch, heads, time) for _ in range(2))
-    a.c0, a.n0 = call.keep(c0), call.keep(n0)
-    a.h, a.c, a.n, a.r, a.den = (x.data_ptr() for x in (h, c, n, r, den))
+    a.h, a.c, a.n, a.m, a.r, a.den = (x.data_ptr() for x in (h, c, n, m, r, den))
     loader.call("oxl_mlstm_forward", a)
-    m = gates.m[..., -1].to(m0.dtype).clone(memory_format=torch.contiguous_format)
     return h.to(v.dtype), c, n, m, r, den
 
 
@@ -169,25 +175,19 @@ def _backward(
     if time == 0 or batch == 0:
         saved = (q, k, v, i, f, c0, n0, m0, reset, h, r, den, dh, dc_last, dn_last, dm_last)
         return chunkwise._backward(*saved, sigmoid, normalize, eps, chunk_size)
-    gates = prepare(i, f, m0, reset, chunk_size, sigmoid)
-    call = _Call(q, k, v, gates, normalize, eps)
+    call = _Call((q, k, v), (i, f), (c0, n0, m0), reset, (sigmoid, normalize, eps, chunk_size))
     a = call.arguments
-    dq, dk, dv = (call.output(x) for x in (q, k, v))
-    dc, dn = (torch.empty(x.shape, dtype=torch.float32) for x in (c0, n0))
-    scalars = (gates.rows, gates.keep, m0, gates.m, gates.m)
-    flows = [torch.empty(x.shape, dtype=torch.float64) for x in scalars]
-    a.c0, a.n0, a.r, a.den = (call.keep(x) for x in (c0, n0, r, den))
+    grads = [call.output(x) for x in (q, k, v, i, f)]
+    state_grads = [torch.empty(x.shape, dtype=torch.float32) for x in (c0, n0, m0)]
+    a.r, a.den = (call.keep(x) for x in (r, den))
     a.h_view, a.dh = call.view(h), call.view(dh)
-    a.dc_last, a.dn_last = call.keep(dc_last), call.keep(dn_last)
-    a.dq_out, a.dk_out, a.dv_out, a.dc0, a.dn0 = (x.data_ptr() for x in (dq, dk, dv, dc, dn))
-    a.row_flow, a.chunk_flow, a.first_flow, a.di, a.path = (x.data_ptr() for x in flows)
+    a.dc_last, a.dn_last, a.dm_last = (call.keep(x, torch.float32) for x in (dc_last, dn_last, dm_last))
+    a.dq_out, a.dk_out, a.dv_out, a.di, a.df = (x.data_ptr() for x in grads)
+    a.dc0, a.dn0, a.dm0 = (x.data_ptr() for x in state_grads)
     loader.call("oxl_mlstm_backward", a)
-    row_flow, chunk_flow, first_flow, di, path = flows
-    last_flow = chunk_flow[..., -1]
-    path_end = -last_flow if dm_last is None else dm_last.double() - last_flow
-    d_i, d_f, dm = gradients(gates, row_flow, chunk_flow, first_flow, di, path, path_end, i, f, sigmoid)
-    dq, dk, dv = (d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, d_i.to(i.dtype).contiguous(), d_f.to(f.dtype).contiguous(), dc, dn, dm.to(m0.dtype)
+    dq, dk, dv, di, df = (d.to(x.dtype) for d, x in zip(grads, (q, k, v, i, f), strict=True))
+    dc, dn, dm = state_grads
+    return dq, dk, dv, di, df, dc, dn, dm
 
 
 chunkwise.register_gradient("openxlstm::mlstm_native", _forward, _backward)

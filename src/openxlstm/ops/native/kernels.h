@@ -27,27 +27,25 @@ struct View {
     int64_t b, t, h;
 };
 
-// The mLSTM over whole sequences, in chunks. Scalars of the gates come prepared, laid out (B, H, chunks, chunk)
-// unless noted. Forward: task pair * splits + s computes share s of the value columns of memory `pair`.
-// Backward: one task per pair.
+// The mLSTM over whole sequences, in chunks. Forward: task pair * splits + s computes share s of the value columns of
+// memory `pair`. Backward: one task per pair.
 struct Mlstm {
     int64_t batch, time, heads, dk, dv, chunk, chunks, splits;
-    int32_t bfloat16, normalize;  // whether q, k, v, h and their gradients are bfloat16
+    int32_t bfloat16, bfloat16_gates;  // whether q, k, v, h are bfloat16, and i, f, each with its gradient
+    int32_t sigmoid, normalize;
     float eps;
     View q, k, v;
-    const double *rows, *columns;  // exponent of a decay = rows[t] + columns[s]
-    const int32_t *segment;
-    const float *carry_in, *to_state, *keep;  // keep: (B, H, chunks)
-    const float *floor;                       // (B, H, T) least denominator
-    const float *c0, *n0;                     // (B, H, DK, DV), (B, H, DK)
-    void *h;                                  // (B, T, H, DV)
-    float *c, *n, *r, *den;                   // the last state; (B, H, T)
+    View i, f;               // (B, T, H)
+    const uint8_t *reset;    // (B, T) or null
+    const float *c0, *n0, *m0;  // (B, H, DK, DV), (B, H, DK), (B, H)
+    void *h;                 // (B, T, H, DV)
+    float *c, *n, *m;        // the last state
+    float *r, *den;          // (B, H, T)
     // backward only; gradients of absent outputs are null
     View h_view, dh;
-    const float *dc_last, *dn_last;
-    void *dq_out, *dk_out, *dv_out;  // laid out as h
-    float *dc0, *dn0;
-    double *row_flow, *chunk_flow, *first_flow, *di, *path;  // (B, H, chunks[, chunk]), (B, H), (B, H, T)
+    const float *dc_last, *dn_last, *dm_last;
+    void *dq_out, *dk_out, *dv_out, *di, *df;  // laid out as h; (B, T, H)
+    float *dc0, *dn0, *dm0;
 };
 
 enum Cell : int32_t { SLSTM = 0, LSTM = 1, GRU = 2, ELMAN = 3 };

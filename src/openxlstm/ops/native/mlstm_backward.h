@@ -21,12 +21,11 @@ struct BackwardSpace {
     Unit *key_panels, *query_panels, *carried_panels, *gradient_panel, *gradient_rows;
     Unit *scores, *d_scores, *d_scores_stacked;  // scores are stacked
     Unit *states;
-    float *d_values, *rho, *beta, *to_state, *arriving, *leaving;
+    float *d_values, *rho, *along, *arriving, *leaving;
     float *running, *dc, *dn, *normalisers;
-    int64_t floats;
+    double *stabilisers;  // entering each chunk
 
-    BackwardSpace(const oxl::Mlstm &a, float *memory) {
-        Arena arena{memory};
+    BackwardSpace(const oxl::Mlstm &a, Arena &arena) {
         const int64_t rows = whole_rows(a.chunk), columns = whole_columns(a.chunk), stacked = units<Unit>(rows);
         wide = whole_columns(a.dk), tall = whole_rows(a.dv), state = wide * tall;
         value_columns = whole_columns(tall), score_columns = ::score_columns(a);
@@ -50,8 +49,7 @@ struct BackwardSpace {
         d_scores_stacked = ROUNDED ? arena.take<Unit>(stacked * score_columns) : d_scores;
         d_values = arena.take(value_columns * score_columns);
         rho = arena.take(rows + columns);
-        beta = arena.take(rows + columns);
-        to_state = arena.take(rows + columns);
+        along = arena.take(rows);
         arriving = arena.take(rows * W);  // k . dk, a vector of parts for each row
         leaving = arena.take(rows * W);   // q . dq
         running = ROUNDED ? arena.take(state) : nullptr;
@@ -59,20 +57,50 @@ struct BackwardSpace {
         dn = arena.take(wide);
         states = arena.take<Unit>((a.chunks + 1) * state_stride);
         normalisers = arena.take((a.chunks + 1) * wide);
-        floats = arena.used;
+        stabilisers = arena.take<double>(a.chunks + 1);
     }
 };
 
 template <class Unit>
 struct Backward : Head {
     static constexpr bool ROUNDED = BackwardSpace<Unit>::ROUNDED;
+    static constexpr int64_t N = NUMBERS<Unit>;
+
+    // <C, dC> over one panel.
+    struct Products {
+        vf parts[VECTORS][N] = {};
+
+        // N rows of dC, and as many of C on top of each other
+        OXL_INLINE void add(const Unit *c, const vf (*dc)[VECTORS]) {
+            for (int d = 0; d < VECTORS; ++d) {
+                vf x[N];
+                unstack(c + d * W, x);
+                for (int64_t k = 0; k < N; ++k) parts[d][k] += x[k] * dc[k][d];
+            }
+        }
+        double total() const {
+            double total = 0.0;
+            for (const auto &column : parts)
+                for (const vf &part : column) total += sum(part);
+            return total;
+        }
+    };
+
+    Gates gates;
     BackwardSpace<Unit> s;
     int64_t length = 0, rows = 0, panel, state_panel, inner_keys, inner_values;
     bool starts_empty = false, flows_back = false;  // the first state is zero; the state's gradient is not
 
-    Backward(const oxl::Mlstm &args, int64_t task, float *scratch)
-        : Head(args, task), s(args, scratch), panel(s.tall * COLUMNS), state_panel(units<Unit>(s.tall) * COLUMNS),
+    Backward(const oxl::Mlstm &args, int64_t task, Arena &&arena)
+        : Head(args, task), gates(args, pair, scale, arena), s(args, arena), panel(s.tall * COLUMNS), state_panel(units<Unit>(s.tall) * COLUMNS),
           inner_keys(units<Unit>(args.dk)), inner_values(units<Unit>(args.dv)) {}
+
+    static int64_t scratch(const oxl::Mlstm &a) {
+        Arena arena{nullptr};
+        Gates(a, 0, 0.0f, arena);
+        BackwardSpace<Unit>(a, arena);
+        return arena.used;
+    }
 
     // C (DK, DV) to C^T in panels of keys.
     void pack_state(const float *c, float *to) const {
@@ -104,11 +132,7 @@ struct Backward : Head {
 
     OXL_PHASE void begin(int64_t chunk) {
         length = Head::length(chunk), rows = whole_rows(length);
-        const float *carry = scalars(a.carry_in, chunk), *leave = scalars(a.to_state, chunk);
-        for (int64_t t = 0; t < rows || t < whole_columns(length); ++t) {
-            s.beta[t] = t < length ? carry[t] * scale : 0.0f;
-            s.to_state[t] = t < length ? leave[t] : 0.0f;
-        }
+        s.stabilisers[chunk + 1] = gates.load_chunk(chunk, s.stabilisers[chunk]);
         read(a.k, chunk, a.dk, s.k, s.key_stride);
         read(a.v, chunk, a.dv, s.v, s.value_stride);
     }
@@ -116,9 +140,8 @@ struct Backward : Head {
     // The state leaving a chunk from the one entering it.
     OXL_PHASE void advance(int64_t chunk) {
         begin(chunk);
-        const float kept = keep(chunk);
         const int64_t span = units<Unit>(length) * COLUMNS, panels = s.wide / COLUMNS;
-        stack_panels(s.k, length, s.wide, s.key_stride, s.to_state, s.key_panels, span);
+        stack_panels(s.k, length, s.wide, s.key_stride, gates.to_state, s.key_panels, span);
         if constexpr (ROUNDED) stack(s.v, length, s.value_columns, s.value_stride, nullptr, s.v_stacked, s.value_columns);
         Unit *after = s.states + (chunk + 1) * s.state_stride;
         for (int64_t p = 0; p < panels; ++p) {
@@ -126,9 +149,9 @@ struct Backward : Head {
                 const int64_t at = p * panel + e * COLUMNS;
                 Tile tile;
                 if constexpr (ROUNDED)
-                    tile.read(s.running + at, COLUMNS, kept);
+                    tile.read(s.running + at, COLUMNS, gates.keep);
                 else
-                    tile.read(s.states + chunk * s.state_stride + at, COLUMNS, kept);
+                    tile.read(s.states + chunk * s.state_stride + at, COLUMNS, gates.keep);
                 tile.multiply(s.v_stacked + e, 1, s.value_columns, s.key_panels + p * span, COLUMNS, units<Unit>(length));
                 if constexpr (ROUNDED) tile.write(s.running + at, COLUMNS);
                 tile.write_stacked(after + p * state_panel + units<Unit>(e) * COLUMNS, COLUMNS);
@@ -139,8 +162,8 @@ struct Backward : Head {
         const float *n = s.normalisers + chunk * s.wide;
         float *next = s.normalisers + (chunk + 1) * s.wide;
         for (int64_t d = 0; d < s.wide; d += W) {
-            vf total = load(n + d) * kept;
-            for (int64_t t = 0; t < length; ++t) total += numbers(s.k + t * s.key_stride, d) * s.to_state[t];
+            vf total = load(n + d) * gates.keep;
+            for (int64_t t = 0; t < length; ++t) total += numbers(s.k + t * s.key_stride, d) * gates.to_state[t];
             store(next + d, total);
         }
     }
@@ -155,9 +178,9 @@ struct Backward : Head {
             if (a.dh.data) along = a.bfloat16 ? load_output<bf16>(chunk, t) : load_output<float>(chunk, t);
             if (!a.normalize) along = 0.0f;
             const float r = a.r[at + t];
-            const bool inside = a.normalize && __builtin_fabsf(r) > a.floor[at + t];
+            const bool inside = a.normalize && __builtin_fabsf(r) > gates.floor[t];
             s.rho[t] = inside ? (r < 0 ? along : -along) : 0.0f;
-            a.path[at + t] = static_cast<double>(along) * -static_cast<double>(a.eps);
+            s.along[t] = along;
         }
         if constexpr (ROUNDED) stack(s.y, length, s.value_columns, s.value_stride, nullptr, s.y_stacked, s.value_columns);
     }
@@ -178,7 +201,7 @@ struct Backward : Head {
     }
 
     // Scores and their gradients, both times the decays, in the causal half.
-    OXL_PHASE void load_scores(int64_t chunk) {
+    OXL_PHASE void load_scores() {
         transpose_panels(s.k, length, inner_keys, s.key_stride, s.k_transposed, inner_keys * COLUMNS);
         transpose_panels(s.v, length, inner_values, s.value_stride, s.v_transposed, inner_values * COLUMNS);
         float held[ROWS * COLUMNS];
@@ -199,7 +222,7 @@ struct Backward : Head {
                             gradient.at[r][c] += s.rho[row + r];
                             kept[c] = load(held + r * COLUMNS + c * W);
                         }
-                        decay(chunk, row + r, first, kept, gradient.at[r]);
+                        gates.decay(row + r, first, kept, gradient.at[r]);
                         for (int c = 0; c < VECTORS; ++c) store(held + r * COLUMNS + c * W, kept[c]);
                     }
                     score.read(held, COLUMNS, 1.0f);
@@ -229,7 +252,7 @@ struct Backward : Head {
                         tile.multiply(s.dc + d / COLUMNS * panel + e * COLUMNS, COLUMNS, 1, keys + d * COLUMNS, COLUMNS, count);
                     }
                 }
-                tile.scale_columns(s.to_state + first);
+                tile.scale_columns(gates.to_state + first);
                 const int64_t above = units<Unit>(first);
                 tile.multiply(s.y_stacked + above * s.value_columns + e, 1, s.value_columns,
                               s.scores + above * s.score_columns + first, s.score_columns, inner - above);
@@ -255,30 +278,26 @@ struct Backward : Head {
     }
 
     // Gradients of keys and queries, and the state's gradient carried to before the chunk, one panel of keys at a time.
-    void keys_and_queries(int64_t chunk) {
+    // Returns <C, dC> + n . dn before the chunk.
+    double keys_and_queries(int64_t chunk) {
         const int64_t span = units<Unit>(length) * COLUMNS, panels = s.wide / COLUMNS;
         stack_panels(s.k, length, s.wide, s.key_stride, nullptr, s.key_panels, span);
         stack_panels(s.q, length, s.wide, s.key_stride, nullptr, s.query_panels, span);
-        stack_panels(s.q, length, s.wide, s.key_stride, s.beta, s.carried_panels, span);
+        stack_panels(s.q, length, s.wide, s.key_stride, gates.beta, s.carried_panels, span);
         __builtin_memset(s.arriving, 0, sizeof(float) * rows * W);
         __builtin_memset(s.leaving, 0, sizeof(float) * rows * W);
+        double flow = 0.0;
         for (int64_t p = 0; p < panels; ++p) {
             keys(chunk, p);
             queries(chunk, p);
-            carry(chunk, p);
+            flow += carry(chunk, p);
             prefetch(a.q, chunk - 1, a.dk, p, panels);
             prefetch(a.k, chunk - 1, a.dk, p, panels);
             prefetch(a.v, chunk - 1, a.dv, p, panels);
             prefetch(a.dh, chunk - 1, a.dv, p, panels);
             prefetch(a.h_view, chunk - 1, a.dv, p, panels);
         }
-        const int64_t at = pair * a.time + chunk * a.chunk, slot = (pair * a.chunks + chunk) * a.chunk;
-        for (int64_t t = 0; t < length; ++t) {
-            const double arrives = sum(load(s.arriving + t * W)), leaves = sum(load(s.leaving + t * W));
-            a.di[at + t] = arrives;
-            a.row_flow[slot + t] = leaves - arrives;
-        }
-        for (int64_t t = length; t < a.chunk; ++t) a.row_flow[slot + t] = 0.0;
+        return flow;
     }
 
     // Panel p of the state's gradient as an operand.
@@ -301,7 +320,7 @@ struct Backward : Head {
             if (flows_back) tile.multiply(s.v + row * s.value_stride, s.value_stride, 1, dc, COLUMNS, inner_values);
             for (int c = 0; c < VECTORS; ++c)
                 for (int r = 0; r < ROWS; ++r) tile.at[r][c] += load(s.dn + first + c * W);
-            tile.scale_rows(s.to_state + row);
+            tile.scale_rows(gates.to_state + row);
             tile.multiply(s.d_scores_stacked + above * s.score_columns + row, 1, s.score_columns,
                           s.query_panels + p * span + above * COLUMNS, COLUMNS, units<Unit>(length) - above);
             finish(a.dk_out, chunk, s.k, row, first, tile, s.arriving);
@@ -319,7 +338,7 @@ struct Backward : Head {
                 tile.multiply(s.y + row * s.value_stride, s.value_stride, 1, c, COLUMNS, inner_values);
             for (int r = 0; r < ROWS; ++r)
                 for (int e = 0; e < VECTORS; ++e) tile.at[r][e] += load(n + e * W) * s.rho[row + r];
-            tile.scale_rows(s.beta + row);
+            tile.scale_rows(gates.beta + row);
             const int64_t until = row + ROWS < length ? row + ROWS : length;
             tile.multiply(s.d_scores + row * s.score_stride, s.score_stride, 1, s.key_panels + p * span, COLUMNS,
                           units<Unit>(until));
@@ -327,26 +346,32 @@ struct Backward : Head {
         }
     }
 
-    OXL_PHASE void carry(int64_t chunk, int64_t p) {
-        const float kept = keep(chunk);
+    // Panel p of the state's gradient before the chunk; returns its share of <C, dC> + n . dn there.
+    OXL_PHASE double carry(int64_t chunk, int64_t p) {
         const int64_t inner = units<Unit>(length);
-        const Unit *carried = s.carried_panels + p * inner * COLUMNS;
+        const Unit *carried = s.carried_panels + p * inner * COLUMNS, *c = s.states + chunk * s.state_stride + p * state_panel;
+        const float *n = s.normalisers + chunk * s.wide + p * COLUMNS;
         float *dc = s.dc + p * panel, *dn = s.dn + p * COLUMNS;
+        Products products;
         for (int64_t e = 0; e < s.tall; e += ROWS) {
             Tile tile;
-            tile.read(dc + e * COLUMNS, COLUMNS, kept);
+            tile.read(dc + e * COLUMNS, COLUMNS, gates.keep);
             tile.multiply(s.y_stacked + e, 1, s.value_columns, carried, COLUMNS, inner);
             tile.write(dc + e * COLUMNS, COLUMNS);
+            for (int r = 0; r < ROWS; r += N) products.add(c + units<Unit>(e + r) * COLUMNS, &tile.at[r]);
         }
-        for (int c = 0; c < VECTORS; ++c) {
-            vf total = load(dn + c * W) * kept;
+        vf along = {};
+        for (int64_t d = 0; d < COLUMNS; d += W) {
+            vf total = load(dn + d) * gates.keep;
             for (int64_t u = 0; u < inner; ++u) {
-                vf part[NUMBERS<Unit>];
-                unstack(carried + u * COLUMNS + c * W, part);
-                for (int n = 0; n < NUMBERS<Unit>; ++n) total += part[n] * s.rho[u * NUMBERS<Unit> + n];
+                vf part[N];
+                unstack(carried + u * COLUMNS + d, part);
+                for (int64_t k = 0; k < N; ++k) total += part[k] * s.rho[u * N + k];
             }
-            store(dn + c * W, total);
+            store(dn + d, total);
+            along += load(n + d) * total;
         }
+        return products.total() + sum(along);
     }
 
     // Write a tile of gradients, and add its products with the queries or keys it belongs to.
@@ -360,23 +385,20 @@ struct Backward : Head {
         }
     }
 
-    // <C, dC> + n . dn, each panel summed on its own
-    OXL_PHASE double inner(int64_t chunk) const {
-        constexpr int64_t N = NUMBERS<Unit>;
-        const float *n = s.normalisers + chunk * s.wide;
+    // <C, dC> + n . dn after the last chunk
+    OXL_PHASE double last_flow() const {
+        const float *n = s.normalisers + a.chunks * s.wide;
         double total = 0.0;
         for (int64_t p = 0; p < s.wide / COLUMNS; ++p) {
-            const Unit *c = s.states + chunk * s.state_stride + p * state_panel;
-            const float *dc = s.dc + p * panel;
-            vf part[VECTORS][N] = {};
-            for (int64_t u = 0; u < units<Unit>(s.tall); ++u)
-                for (int e = 0; e < VECTORS; ++e) {
-                    vf x[N];
-                    unstack(c + u * COLUMNS + e * W, x);
-                    for (int64_t k = 0; k < N; ++k) part[e][k] += x[k] * load(dc + (u * N + k) * COLUMNS + e * W);
-                }
-            for (const auto &column : part)
-                for (const vf &sums : column) total += sum(sums);
+            const Unit *c = s.states + a.chunks * s.state_stride + p * state_panel;
+            Products products;
+            for (int64_t e = 0; e < s.tall; e += N) {
+                vf dc[N][VECTORS];
+                for (int64_t k = 0; k < N; ++k)
+                    for (int64_t d = 0; d < VECTORS; ++d) dc[k][d] = load(s.dc + p * panel + (e + k) * COLUMNS + d * W);
+                products.add(c + units<Unit>(e) * COLUMNS, dc);
+            }
+            total += products.total();
         }
         vf part = {};
         for (int64_t d = 0; d < s.wide; d += W) part += load(n + d) * load(s.dn + d);
@@ -387,24 +409,26 @@ struct Backward : Head {
         const int64_t size = a.dk * a.dv;
         starts_empty = !occupied(a.c0 + pair * size, size), flows_back = a.dc_last != nullptr;
         load_state();
+        s.stabilisers[0] = gates.first_stabiliser();
         const bool last = a.dc_last || a.dn_last;
         for (int64_t chunk = 0; chunk + !last < a.chunks; ++chunk) advance(chunk);
         __builtin_memset(s.dc, 0, sizeof(float) * s.state);
         if (a.dc_last) pack_state(a.dc_last + pair * size, s.dc);
         for (int64_t d = 0; d < s.wide; ++d) s.dn[d] = a.dn_last && d < a.dk ? a.dn_last[pair * a.dk + d] : 0.0f;
-        double flow = last ? inner(a.chunks) : 0.0;
+        double flow = last ? last_flow() : 0.0;
+        double path = (a.dm_last ? a.dm_last[pair] : 0.0) - flow;
         for (int64_t chunk = a.chunks; chunk-- > 0;) {
-            a.chunk_flow[pair * a.chunks + chunk] = flow;
             begin(chunk);
             read(a.q, chunk, a.dk, s.q, s.key_stride);
             load_outputs(chunk);
-            load_scores(chunk);
+            load_scores();
             values(chunk);
-            keys_and_queries(chunk);
+            const double before = keys_and_queries(chunk);
+            gates.gradients(s.arriving, s.leaving, s.along, flow, path);
             flows_back = true;
-            flow = inner(chunk);
+            flow = before;
         }
-        a.first_flow[pair] = flow;
+        a.dm0[pair] = a.sigmoid ? 0.0f : static_cast<float>(flow + path);
         unpack_state(s.dc, a.dc0 + pair * size);
         __builtin_memcpy(a.dn0 + pair * a.dk, s.dn, sizeof(float) * a.dk);
     }
@@ -412,16 +436,16 @@ struct Backward : Head {
 
 void mlstm_backward(const oxl::Mlstm &a, int64_t task, float *scratch) {
 #if defined(OXL_PAIRS)
-    if (a.bfloat16) return Backward<Pair>(a, task, scratch).run();
+    if (a.bfloat16) return Backward<Pair>(a, task, Arena{scratch}).run();
 #endif
-    Backward<float>(a, task, scratch).run();
+    Backward<float>(a, task, Arena{scratch}).run();
 }
 
 int64_t mlstm_backward_scratch(const oxl::Mlstm &a) {
 #if defined(OXL_PAIRS)
-    if (a.bfloat16) return BackwardSpace<Pair>(a, nullptr).floats;
+    if (a.bfloat16) return Backward<Pair>::scratch(a);
 #endif
-    return BackwardSpace<float>(a, nullptr).floats;
+    return Backward<float>::scratch(a);
 }
 
 }  // namespace

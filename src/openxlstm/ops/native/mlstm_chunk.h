@@ -1,31 +1,13 @@
 // What the forward and the backward pass of the chunkwise mLSTM share: one chunk's operands and its decays.
 //
-// Scalars of the gates come prepared (openxlstm.ops.mlstm.gates); equations: openxlstm.ops.mlstm.chunkwise. A task is
-// one head of one sequence. It walks over the chunks with the state in panels beside the core; a chunk's tiles are
-// small enough for the second-level cache, and nothing is shared between tasks.
+// Equations: openxlstm.ops.mlstm.chunkwise; scalars of the gates: mlstm_gates.h. A task is one head of one sequence. It
+// walks over the chunks with the state in panels beside the core; a chunk's tiles are small enough for the second-level
+// cache, and nothing is shared between tasks.
 #pragma once
 
-#include "bfloat16.h"
-#include "kernels.h"
-#include "tiles.h"
+#include "mlstm_gates.h"
 
 namespace {
-
-// Hands out parts of one block of memory, each at a 64-byte boundary; without a block it only counts.
-struct Arena {
-    float *base;
-    int64_t used = 0;
-
-    template <class Unit = float>  // all units are as large as a float
-    Unit *take(int64_t count) {
-        float *part = base ? base + used : nullptr;
-        used += oxl::round_up(count, 16);
-        return reinterpret_cast<Unit *>(part);
-    }
-};
-
-// Columns of the scores: whole tiles in both directions.
-inline int64_t score_columns(const oxl::Mlstm &a) { return whole_columns(whole_rows(a.chunk)); }
 
 // n numbers from one type to another.
 template <class From, class To>
@@ -115,31 +97,6 @@ struct Head {
                 store(static_cast<bf16 *>(out) + at + c * W, from[c], width - first - c * W);
             else
                 store(static_cast<float *>(out) + at + c * W, from[c], width - first - c * W);
-    }
-    const float *scalars(const float *x, int64_t chunk) const { return x + (pair * a.chunks + chunk) * a.chunk; }
-    float keep(int64_t chunk) const { return a.keep[pair * a.chunks + chunk]; }
-
-    // Multiply a row of scores, columns first .. first + COLUMNS, by its decays and the scale of scores; zero where nothing
-    // may pass.
-    OXL_INLINE void decay(int64_t chunk, int64_t row, int64_t first, vf (&scores)[VECTORS], vf *other) const {
-        const int64_t at = (pair * a.chunks + chunk) * a.chunk;
-        const double *columns = a.columns + at;
-        const int32_t *segment = a.segment + at;
-        float exponent[COLUMNS];
-        int32_t open[COLUMNS];
-        const int64_t limit = row + 1 - first < COLUMNS ? row + 1 - first : COLUMNS;  // causal
-        for (int64_t e = 0; e < limit; ++e) {
-            exponent[e] = static_cast<float>(a.rows[at + row] + columns[first + e]);
-            open[e] = -(segment[first + e] == segment[row]);
-        }
-        for (int64_t e = limit < 0 ? 0 : limit; e < COLUMNS; ++e) exponent[e] = 0.0f, open[e] = 0;
-        for (int c = 0; c < VECTORS; ++c) {
-            vi mask;
-            __builtin_memcpy(&mask, open + c * W, sizeof mask);
-            const vf weight = exp(load(exponent + c * W)) * scale;
-            scores[c] = select(mask, scores[c] * weight, vf{});
-            if (other) other[c] = select(mask, other[c] * weight, vf{});
-        }
     }
 };
 

@@ -13,11 +13,9 @@ struct ForwardSpace {
     static constexpr bool ROUNDED = NUMBERS<Unit> > 1;
     int64_t wide, tall, key_columns, key_stride, value_stride, score_stride;  // strides: units of a row
     Unit *q, *k, *k_transposed, *weighed, *v, *value_panel, *state_panel, *scores;
-    float *beta, *to_state, *reciprocal, *c, *n;
-    int64_t floats;
+    float *reciprocal, *c, *n;
 
-    ForwardSpace(const oxl::Mlstm &a, float *memory) {
-        Arena arena{memory};
+    ForwardSpace(const oxl::Mlstm &a, Arena &arena) {
         const int64_t rows = whole_rows(a.chunk);
         wide = whole_rows(a.dk), tall = whole_columns(a.dv), key_columns = whole_columns(wide);
         key_stride = units<Unit>(key_columns), value_stride = units<Unit>(tall);
@@ -30,24 +28,29 @@ struct ForwardSpace {
         value_panel = arena.take<Unit>(units<Unit>(rows) * COLUMNS);
         state_panel = ROUNDED ? arena.take<Unit>(units<Unit>(wide) * COLUMNS) : nullptr;
         scores = arena.take<Unit>(rows * score_stride);
-        beta = arena.take(rows);
-        to_state = arena.take(rows);
         reciprocal = arena.take(rows);
         c = arena.take(tall * wide);
         n = arena.take(key_columns);
-        floats = arena.used;
     }
 };
 
 template <class Unit>
 struct Forward : Head {
+    Gates gates;
     ForwardSpace<Unit> s;
     int64_t split, begin, end, length = 0, rows = 0;
 
-    Forward(const oxl::Mlstm &args, int64_t task, float *scratch)
-        : Head(args, task / args.splits), s(args, scratch), split(task % args.splits) {
+    Forward(const oxl::Mlstm &args, int64_t task, Arena &&arena)
+        : Head(args, task / args.splits), gates(args, pair, scale, arena), s(args, arena), split(task % args.splits) {
         const int64_t panels = s.tall / COLUMNS, share = (panels + a.splits - 1) / a.splits;
         begin = split * share, end = begin + share < panels ? begin + share : panels;
+    }
+
+    static int64_t scratch(const oxl::Mlstm &a) {
+        Arena arena{nullptr};
+        Gates(a, 0, 0.0f, arena);
+        ForwardSpace<Unit>(a, arena);
+        return arena.used;
     }
 
     // Columns of panel p that exist.
@@ -77,7 +80,6 @@ struct Forward : Head {
 
     // Scores times decays, and with them the normaliser and the divisor of each row.
     OXL_PHASE void load_scores(int64_t chunk) {
-        const float *carry = scalars(a.carry_in, chunk);
         const int64_t inner = units<Unit>(a.dk);
         transpose_panels(s.k, length, inner, s.key_stride, s.k_transposed, inner * COLUMNS);
         for (int64_t row = 0; row < rows; row += ROWS) {
@@ -87,15 +89,13 @@ struct Forward : Head {
                 tile.clear();
                 tile.multiply(s.q + row * s.key_stride, s.key_stride, 1, s.k_transposed + first * inner, COLUMNS, inner);
                 for (int r = 0; r < ROWS; ++r) {
-                    if (row + r < length) decay(chunk, row + r, first, tile.at[r], nullptr);
+                    if (row + r < length) gates.decay(row + r, first, tile.at[r], nullptr);
                     for (int c = 0; c < VECTORS; ++c) sums[r] += tile.at[r][c];
                 }
                 tile.write_rows(s.scores + row * s.score_stride + units<Unit>(first), s.score_stride);
             }
             for (int64_t r = 0; r < ROWS; ++r) {
-                const bool real = row + r < length;
-                s.beta[row + r] = real ? carry[row + r] * scale : 0.0f;
-                s.reciprocal[row + r] = real ? 1.0f / divide(chunk, row + r, sum(sums[r])) : 0.0f;
+                s.reciprocal[row + r] = row + r < length ? 1.0f / divide(chunk, row + r, sum(sums[r])) : 0.0f;
             }
         }
     }
@@ -104,25 +104,22 @@ struct Forward : Head {
     float divide(int64_t chunk, int64_t t, float scores) const {
         vf carried = {};
         for (int64_t d = 0; d < s.key_columns; d += W) carried += numbers(s.q + t * s.key_stride, d) * load(s.n + d);
-        const float r = scores + s.beta[t] * sum(carried), size = __builtin_fabsf(r);
+        const float r = scores + gates.beta[t] * sum(carried), size = __builtin_fabsf(r);
         const int64_t at = pair * a.time + chunk * a.chunk + t;
-        const float least = a.floor[at];
+        const float least = gates.floor[t];
         const float divisor = a.normalize ? (size >= least || size != size ? size : least) + a.eps : 1.0f;
         if (split == 0) a.r[at] = a.normalize ? r : 0.0f, a.den[at] = divisor;
         return divisor;
     }
 
     // Keys by their weight in the state that leaves the chunk, and the normaliser of that state.
-    OXL_PHASE void weigh_keys(int64_t chunk) {
-        const float *weights = scalars(a.to_state, chunk);
-        const float kept = keep(chunk);
-        for (int64_t t = 0; t < rows; ++t) s.to_state[t] = t < length ? weights[t] : 0.0f;
+    OXL_PHASE void weigh_keys() {
         for (int64_t d = 0; d < s.key_columns; d += W) {
-            vf n = load(s.n + d) * kept;
-            for (int64_t t = 0; t < length; ++t) n += numbers(s.k + t * s.key_stride, d) * s.to_state[t];
+            vf n = load(s.n + d) * gates.keep;
+            for (int64_t t = 0; t < length; ++t) n += numbers(s.k + t * s.key_stride, d) * gates.to_state[t];
             store(s.n + d, n);
         }
-        stack(s.k, length, s.key_columns, s.key_stride, s.to_state, s.weighed, s.key_columns);
+        stack(s.k, length, s.key_columns, s.key_stride, gates.to_state, s.weighed, s.key_columns);
     }
 
     // The state of panel p as an operand.
@@ -144,7 +141,7 @@ struct Forward : Head {
             tile.clear();
             if (carried) {
                 tile.multiply(s.q + row * s.key_stride, s.key_stride, 1, state, COLUMNS, units<Unit>(a.dk));
-                tile.scale_rows(s.beta + row);
+                tile.scale_rows(gates.beta + row);
             }
             const int64_t until = row + ROWS < length ? row + ROWS : length;
             tile.multiply(s.scores + row * s.score_stride, s.score_stride, 1, s.value_panel, COLUMNS, units<Unit>(until));
@@ -154,11 +151,11 @@ struct Forward : Head {
         }
     }
 
-    OXL_PHASE void advance(int64_t p, float kept) {
+    OXL_PHASE void advance(int64_t p) {
         float *state = s.c + p * s.wide * COLUMNS;
         for (int64_t d = 0; d < s.wide; d += ROWS) {
             Tile tile;
-            tile.read(state + d * COLUMNS, COLUMNS, kept);
+            tile.read(state + d * COLUMNS, COLUMNS, gates.keep);
             tile.multiply(s.weighed + d, 1, s.key_columns, s.value_panel, COLUMNS, units<Unit>(length));
             tile.write(state + d * COLUMNS, COLUMNS);
         }
@@ -167,37 +164,40 @@ struct Forward : Head {
     void run() {
         load_state();
         const bool starts_empty = !occupied(a.c0 + pair * a.dk * a.dv, a.dk * a.dv);
+        double m = gates.first_stabiliser();
         for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+            m = gates.load_chunk(chunk, m);
             length = Head::length(chunk), rows = whole_rows(length);
             read(a.q, chunk, a.dk, s.q, s.key_stride);
             read(a.k, chunk, a.dk, s.k, s.key_stride);
             read(a.v, chunk, a.dv, s.v, s.value_stride);
             load_scores(chunk);
-            weigh_keys(chunk);
+            weigh_keys();
             for (int64_t p = begin; p < end; ++p) {
                 outputs(chunk, p, chunk > 0 || !starts_empty);
-                advance(p, keep(chunk));
+                advance(p);
                 prefetch(a.q, chunk + 1, a.dk, p - begin, end - begin);
                 prefetch(a.k, chunk + 1, a.dk, p - begin, end - begin);
                 prefetch(a.v, chunk + 1, a.dv, p - begin, end - begin);
             }
         }
         store_state();
+        if (split == 0) a.m[pair] = static_cast<float>(m);
     }
 };
 
 void mlstm_forward(const oxl::Mlstm &a, int64_t task, float *scratch) {
 #if defined(OXL_PAIRS)
-    if (a.bfloat16) return Forward<Pair>(a, task, scratch).run();
+    if (a.bfloat16) return Forward<Pair>(a, task, Arena{scratch}).run();
 #endif
-    Forward<float>(a, task, scratch).run();
+    Forward<float>(a, task, Arena{scratch}).run();
 }
 
 int64_t mlstm_forward_scratch(const oxl::Mlstm &a) {
 #if defined(OXL_PAIRS)
-    if (a.bfloat16) return ForwardSpace<Pair>(a, nullptr).floats;
+    if (a.bfloat16) return Forward<Pair>::scratch(a);
 #endif
-    return ForwardSpace<float>(a, nullptr).floats;
+    return Forward<float>::scratch(a);
 }
 
 }  // namespace

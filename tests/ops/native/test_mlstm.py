@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_chunkwise import plain_formula
 
-from openxlstm.ops import explain, mlstm
+from openxlstm.ops import explain, mlstm, mlstm_initial_state
 
 BFLOAT16_UNITS = "avx512_bf16"  # multiplies pairs of bfloat16 numbers
 
@@ -177,6 +177,37 @@ def test_nothing_crosses_a_boundary(isa, dtype):
         assert not any(g[:, :cut].any() for g in grads)
         results.append([h[:, cut:], *(g[:, cut:] for g in grads)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_state_is_the_empty_state(isa, dtype):
+    """Bit for bit: a state that nobody gave is never filled, nor read."""
+    case = Case(time=40, qk_dim=17, v_dim=35)
+    inputs = case.inputs(dtype)
+    results = []
+    for state in (None, mlstm_initial_state(case.batch, case.heads, case.qk_dim, case.v_dim)):
+        leaves = [inputs[n].clone().requires_grad_() for n in "qkvif"]
+        h = mlstm(*leaves, state=state, chunk_size=16, backend="native")
+        results.append([h, *torch.autograd.grad(h.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_any_layout(isa, dtype):
+    """Strided, and of other types than q, k and v."""
+    case = Case(time=40, qk_dim=17, v_dim=35)
+    inputs = case.inputs(torch.float32)
+    gates = {n: inputs[n].to(dtype) for n in "if"}
+    apart = {n: x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for n, x in gates.items()}
+    results = []
+    for i, f in (gates.values(), apart.values()):
+        leaves = [*(inputs[n] for n in "qkv"), i, f]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        h = mlstm(*leaves, chunk_size=16, backend="native")
+        results.append([h, *torch.autograd.grad(h.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    wide = [x.detach().float() for x in leaves]
+    torch.testing.assert_close(results[0][0], mlstm(*wide, chunk_size=16, backend="native"), rtol=0, atol=0)
 
 
 def test_not_a_number_is_passed_on(isa):

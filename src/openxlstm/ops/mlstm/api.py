@@ -205,8 +205,12 @@ def mlstm(
         return (h, last) if return_state else h
     if cu_seqlens is not None:
         reset = reset_from_cu_seqlens(cu_seqlens, time)
-    if state is None:
-        state = mlstm_initial_state(batch, heads, qk_dim, v.shape[-1], q.device, state_dtype)
+    sizes = (batch, heads, qk_dim, v.shape[-1])
+    if state is None and return_state:
+        state = mlstm_initial_state(*sizes, q.device, state_dtype)
+    elif state is None:  # one zero in every place: nothing to fill, and nothing to keep for the backward
+        zeros = mlstm_initial_state(1, 1, 1, 1, q.device, state_dtype)
+        state = mLSTMState(*(x.expand(sizes[: x.ndim]) for x in zeros))
     h, *last = run(q, k, v, i, f, *state, reset, **options)
     return (h, mLSTMState(*last)) if return_state else h
 

@@ -87,7 +87,9 @@ class _Call:
         a.q, a.k, a.v = (self.view(x) for x in operands)
         a.i, a.f = (self._strided(x.to(self.gate_dtype)) for x in gates)
         a.reset = self.keep(reset, torch.bool)
-        a.c0, a.n0, a.m0 = (self.keep(x, torch.float32) for x in state)
+        a.m0 = self.keep(state[2], torch.float32)
+        if not all(_is_one_zero(x) for x in state[:2]):
+            a.c0, a.n0 = (self.keep(x, torch.float32) for x in state[:2])
 
     def keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
         """Address of a contiguous form of x."""
@@ -111,6 +113,12 @@ class _Call:
     def _strided(self, x: Tensor) -> _View:
         self._alive.append(x)
         return _View(x.data_ptr(), *x.stride()[:3])
+
+
+def _is_one_zero(x: Tensor) -> bool:
+    """Whether a tensor is a single zero seen in every place: the state that nobody gave."""
+    apart = any(step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1)
+    return x.numel() > 0 and not apart and x[(0,) * x.ndim].item() == 0
 
 
 def _dtype(*tensors: Tensor) -> torch.dtype:

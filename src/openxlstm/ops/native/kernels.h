@@ -37,7 +37,8 @@ struct Mlstm {
     View q, k, v;
     View i, f;               // (B, T, H)
     const uint8_t *reset;    // (B, T) or null
-    const float *c0, *n0, *m0;  // (B, H, DK, DV), (B, H, DK), (B, H)
+    const float *c0, *n0;    // (B, H, DK, DV), (B, H, DK); or both null: zeros
+    const float *m0;         // (B, H)
     void *h;                 // (B, T, H, DV)
     float *c, *n, *m;        // the last state
     float *r, *den;          // (B, H, T)

@@ -89,6 +89,7 @@ struct Backward : Head {
     Gates gates;
     BackwardSpace<Unit> s;
     int64_t length = 0, rows = 0, panel, state_panel, inner_keys, inner_values;
+    Ahead ahead;
     bool starts_empty = false, flows_back = false;  // the first state is zero; the state's gradient is not
 
     Backward(const oxl::Mlstm &args, int64_t task, Arena &&arena)
@@ -102,24 +103,26 @@ struct Backward : Head {
         return arena.used;
     }
 
-    // C (DK, DV) to C^T in panels of keys.
+    // C (DK, DV) to C^T in panels of keys; zeros if there is none.
     void pack_state(const float *c, float *to) const {
         __builtin_memset(to, 0, sizeof(float) * s.state);
-        for (int64_t d = 0; d < a.dk; ++d) {
+        for (int64_t d = 0; c && d < a.dk; ++d) {
             float *column = to + d / COLUMNS * panel + d % COLUMNS;
             for (int64_t e = 0; e < a.dv; ++e) column[e * COLUMNS] = c[d * a.dv + e];
         }
     }
     void unpack_state(const float *from, float *c) const {
-        for (int64_t d = 0; d < a.dk; ++d) {
-            const float *column = from + d / COLUMNS * panel + d % COLUMNS;
-            for (int64_t e = 0; e < a.dv; ++e) c[d * a.dv + e] = column[e * COLUMNS];
-        }
+        for (int64_t d = 0; d < a.dk; d += W)
+            for (int64_t e = 0; e < a.dv; e += W) {
+                float block[W * W];
+                transpose(from + d / COLUMNS * panel + e * COLUMNS + d % COLUMNS, COLUMNS, a.dv - e, W, block, W);
+                for (int64_t r = 0; r < W && d + r < a.dk; ++r) store(c + (d + r) * a.dv + e, load(block + r * W), a.dv - e);
+            }
     }
 
     // The first state, as it is carried on and as it is kept.
     void load_state() {
-        const float *c0 = a.c0 + pair * a.dk * a.dv;
+        const float *c0 = a.c0 ? a.c0 + pair * a.dk * a.dv : nullptr;
         if constexpr (ROUNDED) {
             pack_state(c0, s.running);
             for (int64_t p = 0; p < s.wide / COLUMNS; ++p)
@@ -127,7 +130,7 @@ struct Backward : Head {
         } else {
             pack_state(c0, s.states);
         }
-        for (int64_t d = 0; d < s.wide; ++d) s.normalisers[d] = d < a.dk ? a.n0[pair * a.dk + d] : 0.0f;
+        for (int64_t d = 0; d < s.wide; ++d) s.normalisers[d] = a.c0 && d < a.dk ? a.n0[pair * a.dk + d] : 0.0f;
     }
 
     OXL_PHASE void begin(int64_t chunk) {
@@ -144,6 +147,10 @@ struct Backward : Head {
         stack_panels(s.k, length, s.wide, s.key_stride, gates.to_state, s.key_panels, span);
         if constexpr (ROUNDED) stack(s.v, length, s.value_columns, s.value_stride, nullptr, s.v_stacked, s.value_columns);
         Unit *after = s.states + (chunk + 1) * s.state_stride;
+        ahead = Ahead();
+        announce(ahead, a.k, chunk + 1, a.dk);
+        announce(ahead, a.v, chunk + 1, a.dv);
+        ahead.spread(panels * s.tall / ROWS);
         for (int64_t p = 0; p < panels; ++p) {
             for (int64_t e = 0; e < s.tall; e += ROWS) {
                 const int64_t at = p * panel + e * COLUMNS;
@@ -155,9 +162,8 @@ struct Backward : Head {
                 tile.multiply(s.v_stacked + e, 1, s.value_columns, s.key_panels + p * span, COLUMNS, units<Unit>(length));
                 if constexpr (ROUNDED) tile.write(s.running + at, COLUMNS);
                 tile.write_stacked(after + p * state_panel + units<Unit>(e) * COLUMNS, COLUMNS);
+                ahead.fetch();
             }
-            prefetch(a.k, chunk + 1, a.dk, p, panels);
-            prefetch(a.v, chunk + 1, a.dv, p, panels);
         }
         const float *n = s.normalisers + chunk * s.wide;
         float *next = s.normalisers + (chunk + 1) * s.wide;
@@ -287,15 +293,17 @@ struct Backward : Head {
         __builtin_memset(s.arriving, 0, sizeof(float) * rows * W);
         __builtin_memset(s.leaving, 0, sizeof(float) * rows * W);
         double flow = 0.0;
+        ahead = Ahead();
+        announce(ahead, a.q, chunk - 1, a.dk);
+        announce(ahead, a.k, chunk - 1, a.dk);
+        announce(ahead, a.v, chunk - 1, a.dv);
+        announce(ahead, a.dh, chunk - 1, a.dv);
+        announce(ahead, a.h_view, chunk - 1, a.dv);
+        ahead.spread(panels * (2 * rows + s.tall) / ROWS);
         for (int64_t p = 0; p < panels; ++p) {
             keys(chunk, p);
             queries(chunk, p);
             flow += carry(chunk, p);
-            prefetch(a.q, chunk - 1, a.dk, p, panels);
-            prefetch(a.k, chunk - 1, a.dk, p, panels);
-            prefetch(a.v, chunk - 1, a.dv, p, panels);
-            prefetch(a.dh, chunk - 1, a.dv, p, panels);
-            prefetch(a.h_view, chunk - 1, a.dv, p, panels);
         }
         return flow;
     }
@@ -324,6 +332,7 @@ struct Backward : Head {
             tile.multiply(s.d_scores_stacked + above * s.score_columns + row, 1, s.score_columns,
                           s.query_panels + p * span + above * COLUMNS, COLUMNS, units<Unit>(length) - above);
             finish(a.dk_out, chunk, s.k, row, first, tile, s.arriving);
+            ahead.fetch();
         }
     }
 
@@ -343,6 +352,7 @@ struct Backward : Head {
             tile.multiply(s.d_scores + row * s.score_stride, s.score_stride, 1, s.key_panels + p * span, COLUMNS,
                           units<Unit>(until));
             finish(a.dq_out, chunk, s.q, row, first, tile, s.leaving);
+            ahead.fetch();
         }
     }
 
@@ -358,6 +368,7 @@ struct Backward : Head {
             tile.read(dc + e * COLUMNS, COLUMNS, gates.keep);
             tile.multiply(s.y_stacked + e, 1, s.value_columns, carried, COLUMNS, inner);
             tile.write(dc + e * COLUMNS, COLUMNS);
+            ahead.fetch();
             for (int r = 0; r < ROWS; r += N) products.add(c + units<Unit>(e + r) * COLUMNS, &tile.at[r]);
         }
         vf along = {};
@@ -407,13 +418,12 @@ struct Backward : Head {
 
     void run() {
         const int64_t size = a.dk * a.dv;
-        starts_empty = !occupied(a.c0 + pair * size, size), flows_back = a.dc_last != nullptr;
+        starts_empty = !a.c0 || !occupied(a.c0 + pair * size, size), flows_back = a.dc_last != nullptr;
         load_state();
         s.stabilisers[0] = gates.first_stabiliser();
         const bool last = a.dc_last || a.dn_last;
         for (int64_t chunk = 0; chunk + !last < a.chunks; ++chunk) advance(chunk);
-        __builtin_memset(s.dc, 0, sizeof(float) * s.state);
-        if (a.dc_last) pack_state(a.dc_last + pair * size, s.dc);
+        pack_state(a.dc_last ? a.dc_last + pair * size : nullptr, s.dc);
         for (int64_t d = 0; d < s.wide; ++d) s.dn[d] = a.dn_last && d < a.dk ? a.dn_last[pair * a.dk + d] : 0.0f;
         double flow = last ? last_flow() : 0.0;
         double path = (a.dm_last ? a.dm_last[pair] : 0.0) - flow;

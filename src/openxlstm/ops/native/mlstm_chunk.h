@@ -24,6 +24,32 @@ inline bool occupied(const float *state, int64_t floats) {
     return false;
 }
 
+// Rows that are read next, fetched a few lines at a time while the core is busy with products: more at once would stall it.
+struct Ahead {
+    struct Rows {
+        const char *at;
+        int64_t stride, bytes, rows;
+    } queue[5];
+    int64_t count = 0, taken = 0, line = 0, lines = 0, each = 0;
+
+    void add(const char *at, int64_t stride, int64_t bytes, int64_t rows) {
+        queue[count++] = {at, stride, bytes, rows};
+        lines += rows * ((bytes + 63) / 64);
+    }
+    // How many products there are to spread the reading over.
+    void spread(int64_t products) { each = lines / products + 1; }
+    OXL_INLINE void fetch() {
+        for (int64_t n = 0; n < each && taken < count; ++n) {
+            Rows &x = queue[taken];
+            __builtin_prefetch(x.at + line, 0, 1);
+            line += 64;
+            if (line < x.bytes) continue;
+            line = 0, x.at += x.stride;
+            if (--x.rows == 0) ++taken;
+        }
+    }
+};
+
 struct Head {
     const oxl::Mlstm &a;
     int64_t pair, batch, head;
@@ -73,13 +99,12 @@ struct Head {
         }
         __builtin_memset(to, 0, sizeof(Unit) * (whole_rows(rows) - rows) * stride);
     }
-    // Fetch share `part` of `parts` of the rows of a chunk that is read next, while the core is busy with products.
-    void prefetch(const oxl::View &x, int64_t chunk, int64_t columns, int64_t part, int64_t parts) const {
+    // What is read of x for a chunk, if there is such a chunk.
+    void announce(Ahead &ahead, const oxl::View &x, int64_t chunk, int64_t columns) const {
         if (chunk < 0 || chunk >= a.chunks || !x.data) return;
-        const int64_t rows = length(chunk), size = a.bfloat16 ? 2 : 4;
+        const int64_t size = a.bfloat16 ? 2 : 4;
         const char *from = static_cast<const char *>(x.data) + (batch * x.b + chunk * a.chunk * x.t + head * x.h) * size;
-        for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
-            for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(from + r * x.t * size + at, 0, 1);
+        ahead.add(from, x.t * size, columns * size, length(chunk));
     }
     // `columns` numbers into row t of an output (B, T, H, width), from column `first` on.
     void write(void *out, int64_t t, int64_t width, int64_t first, const float *from, int64_t columns) const {

@@ -39,6 +39,7 @@ struct Forward : Head {
     Gates gates;
     ForwardSpace<Unit> s;
     int64_t split, begin, end, length = 0, rows = 0;
+    Ahead ahead;
 
     Forward(const oxl::Mlstm &args, int64_t task, Arena &&arena)
         : Head(args, task / args.splits), gates(args, pair, scale, arena), s(args, arena), split(task % args.splits) {
@@ -60,14 +61,14 @@ struct Forward : Head {
     }
 
     void load_state() {
-        const float *c0 = a.c0 + pair * a.dk * a.dv, *n0 = a.n0 + pair * a.dk;
+        __builtin_memset(s.n, 0, sizeof(float) * s.key_columns);
+        __builtin_memset(s.c + begin * s.wide * COLUMNS, 0, sizeof(float) * (end - begin) * s.wide * COLUMNS);
+        if (!a.c0) return;
+        const float *c0 = a.c0 + pair * a.dk * a.dv;
         for (int64_t p = begin; p < end; ++p)
-            for (int64_t d = 0; d < s.wide; ++d)
-                for (int64_t e = 0; e < COLUMNS; e += W) {
-                    const float *from = c0 + d * a.dv + p * COLUMNS + e;
-                    store(s.c + (p * s.wide + d) * COLUMNS + e, d < a.dk ? load(from, columns(p) - e) : vf{});
-                }
-        for (int64_t d = 0; d < s.key_columns; ++d) s.n[d] = d < a.dk ? n0[d] : 0.0f;
+            for (int64_t d = 0; d < a.dk; ++d)
+                __builtin_memcpy(s.c + (p * s.wide + d) * COLUMNS, c0 + d * a.dv + p * COLUMNS, sizeof(float) * columns(p));
+        __builtin_memcpy(s.n, a.n0 + pair * a.dk, sizeof(float) * a.dk);
     }
 
     void store_state() const {
@@ -148,6 +149,7 @@ struct Forward : Head {
             tile.scale_rows(s.reciprocal + row);
             for (int r = 0; r < ROWS; ++r)
                 if (row + r < length) write(a.h, chunk * a.chunk + row + r, a.dv, p * COLUMNS, tile.at[r]);
+            ahead.fetch();
         }
     }
 
@@ -158,12 +160,13 @@ struct Forward : Head {
             tile.read(state + d * COLUMNS, COLUMNS, gates.keep);
             tile.multiply(s.weighed + d, 1, s.key_columns, s.value_panel, COLUMNS, units<Unit>(length));
             tile.write(state + d * COLUMNS, COLUMNS);
+            ahead.fetch();
         }
     }
 
     void run() {
         load_state();
-        const bool starts_empty = !occupied(a.c0 + pair * a.dk * a.dv, a.dk * a.dv);
+        const bool starts_empty = !a.c0 || !occupied(a.c0 + pair * a.dk * a.dv, a.dk * a.dv);
         double m = gates.first_stabiliser();
         for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
             m = gates.load_chunk(chunk, m);
@@ -173,12 +176,14 @@ struct Forward : Head {
             read(a.v, chunk, a.dv, s.v, s.value_stride);
             load_scores(chunk);
             weigh_keys();
+            ahead = Ahead();
+            announce(ahead, a.q, chunk + 1, a.dk);
+            announce(ahead, a.k, chunk + 1, a.dk);
+            announce(ahead, a.v, chunk + 1, a.dv);
+            ahead.spread((end - begin) * (rows + s.wide) / ROWS);
             for (int64_t p = begin; p < end; ++p) {
                 outputs(chunk, p, chunk > 0 || !starts_empty);
                 advance(p);
-                prefetch(a.q, chunk + 1, a.dk, p - begin, end - begin);
-                prefetch(a.k, chunk + 1, a.dk, p - begin, end - begin);
-                prefetch(a.v, chunk + 1, a.dv, p - begin, end - begin);
             }
         }
         store_state();

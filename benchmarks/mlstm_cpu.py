@@ -4,7 +4,8 @@
     python benchmarks/mlstm_cpu.py --dtype bfloat16 --repeats 3
 
 The peer is `mlstm_kernels` from PyPI: its custom-backward chunkwise kernel at its default chunk of 64 and at
-128. That backward leaves out the normaliser's gradient; ours is exact.
+128. That backward leaves out the normaliser's gradient; ours is exact. Rates count useful operations only,
+those of `least_mlstm_flops`, whatever an implementation really computes.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> None:
         if arguments.shape in (label, "all"):
             peers = [variant_peer(shape, dtype, chunk) for chunk in chunks]
             groups[f"{label} {shape} {arguments.dtype}"] = [variant_ours(shape, dtype), *peers]
-    run(f"mlstm-{arguments.dtype}", groups, arguments, peer="mlstm_kernels", ours="openxlstm")
+    run(f"mlstm-{arguments.dtype}", groups, arguments, peer="mlstm_kernels", ours="openxlstm", dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The norm of heads with skip path and gate: both backends against the formula in float64."""
+"""The norm of heads with skip path and gate: every backend against the formula in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops import explain, head_norm
+from openxlstm.ops.native import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
 FORMS = {
@@ -51,9 +52,11 @@ def formula(x: Tensor, eps: float, center: bool = True, weight_offset: float = 0
     return y
 
 
-@pytest.fixture(params=["portable", "triton"])
+@pytest.fixture(params=["portable", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend; skips Triton where it is not installed."""
+    """Every backend; skips those that are not installed."""
+    if request.param == "native" and (reason := loader.unavailable()) is not None:
+        pytest.skip(reason)
     return request.param
 
 
@@ -119,7 +122,8 @@ def test_gradients_of_the_portable_backend():
     )
 
 
-def test_choice_and_refusals(device):
+def test_choice_and_refusals(device, monkeypatch):
+    monkeypatch.setenv("OPENXLSTM_NATIVE", "0")
     assert "head_norm/triton: chosen by 'auto'" in explain("head_norm", device="cuda")
     assert "has no backward pass" in explain("head_norm", device="cuda", needs_grad=True)
     assert "head_norm/portable: chosen by 'auto'" in explain("head_norm")

@@ -21,6 +21,9 @@ int oxl_rnn_forward(int isa, int threads, oxl::Rnn *args);
 int oxl_rnn_backward(int isa, int threads, oxl::Rnn *args);
 int oxl_convolution_forward(int isa, int threads, oxl::Convolution *args);
 int oxl_convolution_backward(int isa, int threads, oxl::Convolution *args);
+int oxl_head_norm_forward(int isa, int threads, oxl::HeadNorm *args);
+int oxl_head_norm_backward(int isa, int threads, oxl::HeadNorm *args);
+int oxl_cross_entropy(int isa, int threads, oxl::CrossEntropy *args);
 int oxl_product(int isa, int threads, oxl::Product *args);
 int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args);
 int oxl_probe(int isa, int threads, oxl::Probe *args);
@@ -151,6 +154,45 @@ static void convolution(Random &random, int isa) {
     const int threads = 1 + static_cast<int>(random.below(3));
     oxl_convolution_forward(isa, threads, &a);
     oxl_convolution_backward(isa, threads, &a);
+}
+
+static void head_norm(Random &random, int isa) {
+    oxl::HeadNorm a = {};
+    a.rows = 1 + random.below(40), a.heads = 1 + random.below(4), a.d = 1 + random.below(70), a.block = 1 + random.below(20);
+    a.blocks = (a.rows + a.block - 1) / a.block, a.bfloat16 = random.below(2), a.y_bfloat16 = a.bfloat16 && random.below(2);
+    a.center = random.below(2), a.silu = random.below(2), a.eps = 1e-6f;
+    const int64_t width = a.heads * a.d, size = a.bfloat16 ? 2 : 4, y_size = a.y_bfloat16 ? 2 : 4;
+    const auto tensor = [&](int64_t bytes) {  // any values: the first bytes of random floats
+        const Floats x = random.floats((bytes + 3) / 4);
+        const char *from = reinterpret_cast<const char *>(x.data());
+        return std::vector<char>(from, from + bytes);
+    };
+    const auto x = tensor(a.rows * width * size), gate = tensor(a.rows * width * size), skip = tensor(a.rows * width * size);
+    const auto dy = tensor(a.rows * width * y_size);
+    const Floats scale = random.floats(width), bias = random.floats(width), skip_scale = random.floats(width);
+    std::vector<char> y(dy.size()), dx(x.size()), d_gate(x.size()), d_skip(x.size());
+    Floats d_scale(a.blocks * width), d_bias(a.blocks * width), d_skip_scale(a.blocks * width);
+    a.x = x.data(), a.x_r = a.gate_r = a.skip_r = width, a.x_h = a.d, a.y = y.data(), a.dy = dy.data(), a.dx = dx.data();
+    if (random.below(2)) a.scale = scale.data(), a.d_scale = d_scale.data();
+    if (random.below(2)) a.bias = bias.data(), a.d_bias = d_bias.data();
+    if (random.below(2)) a.gate = gate.data(), a.d_gate = d_gate.data();
+    if (random.below(2)) a.skip = skip.data(), a.d_skip = d_skip.data();
+    if (a.skip && random.below(2)) a.skip_scale = skip_scale.data(), a.d_skip_scale = d_skip_scale.data();
+    const int threads = 1 + static_cast<int>(random.below(3));
+    oxl_head_norm_forward(isa, threads, &a);
+    oxl_head_norm_backward(isa, threads, &a);
+}
+
+static void cross_entropy(Random &random, int isa) {
+    oxl::CrossEntropy a = {};
+    a.rows = random.below(30), a.columns = 1 + random.below(random.below(10) ? 200 : 3000), a.bfloat16 = random.below(2);
+    a.gradients = random.below(2), a.cap = random.below(2) ? 30.0f : 0.0f;
+    Floats logits = random.floats((a.rows * a.columns + (a.bfloat16 ? 1 : 0)) / (a.bfloat16 ? 2 : 1)), losses(a.rows);
+    if (!logits.empty() && !random.below(4)) logits[0] = random.below(2) ? 1e38f : 0.0f / 0.0f;
+    std::vector<int64_t> targets(a.rows);
+    for (auto &target : targets) target = random.below(5) ? random.below(a.columns) : -100;
+    a.logits = logits.data(), a.targets = targets.data(), a.losses = losses.data();
+    oxl_cross_entropy(isa, 1 + static_cast<int>(random.below(3)), &a);
 }
 
 static void product(Random &random, int isa) {
@@ -315,6 +357,8 @@ static void fuzz(unsigned seed, int rounds) {
             mlstm(random, isa);
             rnn(random, isa);
             convolution(random, isa);
+            head_norm(random, isa);
+            cross_entropy(random, isa);
             product(random, isa);
             quantized(random, isa);
             decode(random, isa);

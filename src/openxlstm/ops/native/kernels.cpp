@@ -3,6 +3,7 @@
 #include "convolution.h"
 #include "cross_entropy.h"
 #include "decode_layers.h"
+#include "head_norm.h"
 #include "mlstm_backward.h"
 #include "mlstm_forward.h"
 #include "mlstm_step.h"
@@ -18,6 +19,6 @@
 
 extern const oxl::Kernels OXL_JOIN(oxl_kernels_, OXL_ISA) = {
     OXL_STRING(OXL_ISA), TILE, mlstm_step, mlstm_forward_scratch, mlstm_backward_scratch, mlstm_forward,
-    mlstm_backward, pack, rnn_forward, rnn_backward, convolution_forward, convolution_backward, product,
-    quantized_plan, quantize_activations, quantized_product, cross_entropy, probe, decode,
+    mlstm_backward, pack, rnn_forward, rnn_backward, convolution_forward, convolution_backward, head_norm_forward,
+    head_norm_backward, product, quantized_plan, quantize_activations, quantized_product, cross_entropy, probe, decode,
 };

@@ -92,6 +92,26 @@ struct Convolution {
     float *d_before, *d_weight, *d_bias;  // (B, K - 1, E); every task's share, (B * blocks, K, E) and (B * blocks, E)
 };
 
+// The norm of heads, scaled, with a skip path and a gate. Task t computes rows [t, t + 1) * block for all heads. x, gate,
+// skip and their gradients are float32, or bfloat16 as the call says; so are y and dy.
+struct HeadNorm {
+    int64_t rows, heads, d, block, blocks;
+    int32_t bfloat16, y_bfloat16, center, silu;
+    float eps;
+    const void *x;  // (R, H, D), last stride 1
+    int64_t x_r, x_h;
+    const float *scale, *bias, *skip_scale;  // (H D), each may be null
+    const void *gate;                        // (R, H D), last stride 1, or null
+    int64_t gate_r;
+    const void *skip;  // (R, H D), last stride 1, or null
+    int64_t skip_r;
+    void *y;  // (R, H D)
+    // backward only
+    const void *dy;              // (R, H D)
+    void *dx, *d_gate, *d_skip;  // (R, H D); the last two where there are gate and skip
+    float *d_scale, *d_bias, *d_skip_scale;  // every task's share, (blocks, H D), or null
+};
+
 // How the numbers of a weight matrix are kept.
 enum WeightKind : int32_t { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2, WEIGHT_INT4 = 3 };
 
@@ -171,6 +191,8 @@ struct Kernels {
     void (*rnn_backward)(const Rnn &, int64_t task, float *scratch);
     void (*convolution_forward)(const Convolution &, int64_t task, float *scratch);
     void (*convolution_backward)(const Convolution &, int64_t task, float *scratch);
+    void (*head_norm_forward)(const HeadNorm &, int64_t task, float *scratch);
+    void (*head_norm_backward)(const HeadNorm &, int64_t task, float *scratch);
     void (*product)(const Product &, int64_t task, float *scratch);
     void (*quantized_plan)(QuantizedProduct &, int threads);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);

@@ -189,6 +189,14 @@ OXL_EXPORT int oxl_convolution_backward(int isa, int threads, oxl::Convolution *
     return run(*args, TABLE[isa]->convolution_backward, args->batch * args->blocks, threads, ring);
 }
 
+OXL_EXPORT int oxl_head_norm_forward(int isa, int threads, oxl::HeadNorm *args) {
+    return run(*args, TABLE[isa]->head_norm_forward, args->blocks, threads, 0);
+}
+
+OXL_EXPORT int oxl_head_norm_backward(int isa, int threads, oxl::HeadNorm *args) {
+    return run(*args, TABLE[isa]->head_norm_backward, args->blocks, threads, args->d);
+}
+
 OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
     oxl::Product a = *args;
     const int64_t tasks = 8 * static_cast<int64_t>(threads < 1 ? 1 : threads);  // several each: some cores are slower

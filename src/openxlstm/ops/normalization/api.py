@@ -13,12 +13,20 @@ from torch import Tensor
 
 from openxlstm.ops import dispatch
 from openxlstm.ops.gpu import support
-from openxlstm.ops.normalization import portable, triton_backend
+from openxlstm.ops.normalization import native, portable, triton_backend
 
 Activation = Literal["sigmoid", "silu"]
 
 dispatch.register(
     "head_norm", "portable", portable.head_norm, priority=10, description="PyTorch, differentiable"
+)
+dispatch.register(
+    "head_norm",
+    "native",
+    native.head_norm,
+    priority=20,
+    refuse=native.refuse,
+    description="C++, one pass, exact hand-written backward",
 )
 dispatch.register(
     "head_norm",
@@ -57,7 +65,7 @@ def head_norm(
         gate: (..., H D), before its activation; None for none.
         activation: of the gate.
         skip: (..., H D), added before the gate, times ``skip_weight`` (H D) if given.
-        widen: normalise in float32 at least. The backend ``triton`` always does, and rounds once at the end.
+        widen: normalise in float32 at least. The backends ``native`` and ``triton`` always do.
         backend: ``"auto"`` or a name; see :func:`openxlstm.ops.explain`.
 
     Returns:

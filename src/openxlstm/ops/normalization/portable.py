@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What PyTorch gives the product of the given tensors."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 
 def head_norm(

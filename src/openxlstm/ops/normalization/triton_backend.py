@@ -3,14 +3,13 @@ backend ``portable`` has one."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.gpu import configurations, support
 from openxlstm.ops.gpu.support import kernel, unit_stride
+from openxlstm.ops.normalization.portable import result_dtype
 
 MAX_WIDTH = 16384
 """Channels of a head that one program holds."""
@@ -58,8 +57,7 @@ def _head_norm(
 
 def _result(*tensors: Tensor | None) -> Tensor:
     """An empty y (..., H D) in the dtype of a product of the given tensors, x the first."""
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
-    x = tensors[0]
+    x, dtype = tensors[0], result_dtype(*tensors)
     assert x is not None
     return x.new_empty((*x.shape[:-2], x.shape[-2] * x.shape[-1]), dtype=dtype)
 

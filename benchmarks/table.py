@@ -39,7 +39,7 @@ OPERATORS = """
 |---|---|---|---|---|---|---|---|
 """
 MODELS = """
-## {size} beside other runtimes
+## {size}{beside}
 
 {cpu} ({capability}), {threads} threads, openxlstm {version}, torch {torch}, llama-cpp-python {llama},
 transformers {transformers}, xlstm {xlstm}. All models have as many parameters, within 1.2 %, and random
@@ -79,6 +79,7 @@ def model_section(report: dict[str, Any]) -> str:
     versions = {name: newest["versions"].get(name, "-") for name in ("torch", "transformers", "xlstm")}
     text = MODELS.format(
         size=report["size"],
+        beside=" beside other runtimes" if runtimes(report) > 1 else "",
         cpu=newest["cpu"],
         capability=newest["cpu_capability"],
         threads=newest["threads"],
@@ -140,6 +141,12 @@ def _busy(measured: dict[str, Any]) -> str:
     return f" (busy machine: others used {others:.1f} cores)" if others > 0.1 else ""
 
 
+def runtimes(report: dict[str, Any]) -> int:
+    """How many runtimes were measured at several contexts."""
+    decoding = [part["rows"] for name, part in report["parts"].items() if name.startswith("decode-")]
+    return len({row["name"].rpartition(" ")[0] for rows in decoding for row in rows if row["context"]})
+
+
 def plot(report: dict[str, Any], output: Path) -> None:
     """Draw tokens per second against context for every runtime that was measured at several contexts."""
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -160,14 +167,15 @@ def plot(report: dict[str, Any], output: Path) -> None:
 
 def main() -> None:
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    models = {report["size"]: report for report in reports if "parts" in report}  # the newest of each size
-    sections = [model_section(report) for report in models.values()]
+    models = [report for report in reports if "parts" in report]
+    sections = [model_section(report) for report in models]
     operators = [line for report in reports for line in operator_rows(report)]
     target = RESULTS / "README.md"
     atomic_write_text(target, HEADER + "".join(sections) + OPERATORS + "\n".join(operators) + "\n")
     print(f"written: {target}")
-    if "xlstm-160m" in models:
-        plot(models["xlstm-160m"], PLOT)
+    compared = [report for report in models if report["size"] == "xlstm-160m" and runtimes(report) > 1]
+    if compared:
+        plot(compared[-1], PLOT)
         print(f"written: {PLOT}")
 
 

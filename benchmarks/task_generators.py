@@ -10,15 +10,20 @@ protocol.
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import json
 import random
+import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from openxlstm.evaluation.tasks import get_task
+from harness import RESULTS, disturbance, environment, parser, warn
+from openxlstm.evaluation.tasks import Task, get_task
+from openxlstm.inference.measurement import OtherLoad
+from openxlstm.runtime import atomic_write_text
 
 Sample = tuple[list[int], list[int]]
 IGNORED = -100
@@ -215,38 +220,48 @@ LOOPS: dict[str, Callable[[int], Sample]] = {
 }
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--length", type=int, default=256)
-    options = parser.parse_args()
-    print(f"{'task':<28} {'here':>12} {'loop':>12} {'ratio':>7}   microseconds per string")
-    ratios = []
+    p = parser(__doc__)
+    p.add_argument("--batch", type=int, default=1024)
+    p.add_argument("--length", type=int, default=256)
+    arguments = p.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report: dict[str, Any] = {"name": "task-generators", **environment(arguments), "microseconds": {}}
+    report |= {"batch": arguments.batch, "length": arguments.length}
+    print(f"{'task':<28} {'here':>12} {'loop':>12} {'ratio':>7}   microseconds per string, medians")
+    ratios, load = [], OtherLoad()
     for name, loop in LOOPS.items():
         task = get_task(name)
-        length = int(task.lengths(options.length - 1, options.length)[-1])
-        few = max(8, options.batch // 16)
+        length = int(task.lengths(arguments.length - 1, arguments.length)[-1])
+        few = max(8, arguments.batch // 16)
 
-        def made(loop: Callable[[int], Sample] = loop, length: int = length, few: int = few) -> None:
+        def looped(loop: Callable[[int], Sample] = loop, length: int = length, few: int = few) -> None:
             samples = [loop(length) for _ in range(few)]
             for part in zip(*samples, strict=True):
                 torch.tensor(part)
 
-        ours = seconds(lambda: task.batch("train", range(options.batch), lengths=(length, length)), 5)  # noqa: B023
-        theirs = seconds(made, 3)
-        ours, theirs = ours / options.batch * 1e6, theirs / few * 1e6
+        def made(task: Task = task, length: int = length) -> None:
+            task.batch("train", range(arguments.batch), lengths=(length, length))
+
+        rounds = [(timed(made), timed(looped)) for _ in range(arguments.repeats + 1)][1:]
+        ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ours, theirs = ours / arguments.batch * 1e6, theirs / few * 1e6
         ratios.append(theirs / ours)
+        report["microseconds"][name] = {"here": ours, "loop": theirs, "ratio": ratios[-1]}
         print(f"{name:<28} {ours:>12.2f} {theirs:>12.1f} {ratios[-1]:>7.0f}")
-    print(f"smallest ratio {min(ratios):.0f}, geometric mean {torch.tensor(ratios).log().mean().exp():.0f}")
+    report |= {"smallest_ratio": min(ratios), "geometric_mean": statistics.geometric_mean(ratios)}
+    report |= disturbance(load.cores())
+    warn("the task generators", report)
+    print(f"smallest ratio {min(ratios):.0f}, geometric mean {report['geometric_mean']:.0f}")
+    output = arguments.output or RESULTS / f"{report['date']}-task-generators.json"
+    atomic_write_text(output, json.dumps(report, indent=1) + "\n")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

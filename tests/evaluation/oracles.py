@@ -131,8 +131,8 @@ def rewriting(word: list[int], name: str) -> list[int]:
     }[name](word)
 
 
-def recalled(tokens: list[int], position: int, pairs: int) -> int:
-    """Value of the key that stands at ``position``, from the pairs at the beginning."""
+def written(tokens: list[int], pairs: int) -> dict[int, int]:
+    """Value under each key, from the pairs at the beginning."""
     memory = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
     assert len(memory) == pairs
-    return memory[tokens[position]]
+    return memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def test_the_numbers_of_transformers(checkpoint: Path, theirs: Any) -> None:
         assert a[1] == b[1]
     texts = instances("loglikelihood_rolling", [(sentence(random.Random(3), 60),), ("fox",)])
     rolled = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
-    assert ours.loglikelihood_rolling(texts) == pytest.approx(rolled, abs=1e-3, rel=1e-6)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(rolled, abs=1e-4, rel=1e-6)
 
 
 def test_generation_stops_where_it_is_told(checkpoint: Path) -> None:
@@ -131,7 +130,7 @@ def test_windows_of_limited_length_as_in_transformers(checkpoint: Path) -> None:
     ours, theirs = OpenXLSTM(str(checkpoint), **limited), HFLM(pretrained=str(checkpoint), **limited)
     texts = instances("loglikelihood_rolling", [(sentence(random.Random(4), 60),)])
     assert ours.loglikelihood_rolling(texts) == pytest.approx(
-        theirs.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-3
+        theirs.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-4, rel=1e-6
     )
     requests = instances("loglikelihood", list(questions(2, 60)))
     results = zip(
@@ -156,18 +155,10 @@ def test_shared_beginnings_are_read_once(checkpoint: Path) -> None:
     assert (_common([1, 2, 3], [1, 2, 4]), _common([1], [1, 2]), _common([], [1])) == (2, 1, 0)
 
 
-@pytest.mark.slow
-def test_long_shared_contexts_are_at_least_twice_as_fast(checkpoint: Path, theirs: Any) -> None:
-    ours = OpenXLSTM(str(checkpoint), device="cpu")
-    requests = instances("loglikelihood", list(questions(4, 500)))
-    seconds: list[float] = []  # python -m pytest -m slow -s tests/evaluation/test_harness.py shows them
-    for model in (ours, theirs):
-        model.loglikelihood(requests[:4], disable_tqdm=True)
-        start = time.perf_counter()
-        model.loglikelihood(requests, disable_tqdm=True)
-        seconds.append(time.perf_counter() - start)
-    print(f"seconds: {seconds[0]:.2f} here, {seconds[1]:.2f} through transformers")
-    assert seconds[1] > 2 * seconds[0], seconds
+def test_an_answer_longer_than_the_limit(checkpoint: Path) -> None:
+    ours = OpenXLSTM(str(checkpoint), device="cpu", max_length=4)
+    with pytest.raises(ValueError, match=r"an answer has \d+ tokens, more than max_length=4; raise it"):
+        ours.loglikelihood(instances("loglikelihood", [("the", " " + sentence(random.Random(2), 20))]))
 
 
 def test_a_local_task_through_the_command_line(

@@ -202,6 +202,7 @@ def next_steps(output: Path, picture: Path | None, steps: int) -> str:
         (f"{prefix}openxlstm chat {model} --template plain", "type, let it continue"),
         (f"{prefix}openxlstm train {recipe} --resume --train.steps {5 * steps}", "train on from here"),
         (f"{prefix}openxlstm inspect {model}", "what is in it"),
+        (f"{prefix}openxlstm eval model {model} {output / 'data'}", "what it can do"),
     ]
     width = max(len(command) for command, _ in commands)
     lines = [f"model and tokenizer: {model}", f"recipe:              {recipe}"]

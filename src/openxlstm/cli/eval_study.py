@@ -21,7 +21,8 @@ class StateTrackingOptions:
 
     Trains one sLSTM block, the same block without recurrence and two mLSTM blocks on parity and on products
     of permutations (S3), strings of 3 to 40, and measures them at 40 to 256 and at 2,048; then sLSTM and
-    mLSTM on associative recall. Writes a report. Run again after an interruption, it goes on.
+    mLSTM on associative recall. Writes a report. Run again after an interruption, it goes on. A seed takes
+    two minutes on two cores.
     """
 
     output: Path = Path("runs/state-tracking")
@@ -29,8 +30,8 @@ class StateTrackingOptions:
     seeds: int = 1
     """Runs per setting, from seeds 0, 1, ..."""
     slow: bool = False
-    """Instead the settings that take up to an hour: cycle navigation, modular arithmetic, S5, and parity with
-    one answer per string."""
+    """Instead what one sLSTM block does not solve in a few thousand steps: cycle navigation, modular
+    arithmetic, S5, and parity with one answer per string (four minutes on two cores)."""
     processes: int | None = None
     """Trials at a time; as many as threads unless given."""
 

@@ -29,6 +29,7 @@ from torch import nn
 from openxlstm.checkpoint import Tokenizer
 from openxlstm.data import TokenDataset, as_source
 from openxlstm.data.sources import TextFile
+from openxlstm.models import LanguageModel
 from openxlstm.training.metrics import IGNORED, summed_cross_entropy
 
 PIECE = 512
@@ -295,8 +296,17 @@ def _score_rows(model: nn.Module, rows: list[tuple[list[int], int]]) -> tuple[fl
     targets = tokens[:, 1:].clone()
     for index, (_, new) in enumerate(rows):
         targets[index, : targets.shape[1] - new] = IGNORED
-    loss = summed_cross_entropy(model(tokens[:, :-1]), targets)  # pyright: ignore[reportCallIssue]
-    return float(loss), int((targets != IGNORED).sum())
+    return float(summed_loss(model, tokens[:, :-1], targets)), int((targets != IGNORED).sum())
+
+
+def summed_loss(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats over the targets that count: tokens and targets (B, T) -> scalar.
+
+    The models of this library never hold all logits at once for it.
+    """
+    if isinstance(model, LanguageModel):
+        return model.summed_loss(tokens, targets)
+    return summed_cross_entropy(model(tokens), targets)
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from openxlstm.config import config_to_dict
 from openxlstm.evaluation.networks import count_parameters, get_network
 from openxlstm.evaluation.tasks import Task, TaskBatch, get_task
+from openxlstm.evaluation.text import summed_loss
 from openxlstm.runtime import atomic_write_bytes
 from openxlstm.training.config import TrainerConfig
-from openxlstm.training.metrics import IGNORED, summed_cross_entropy
+from openxlstm.training.metrics import IGNORED
 from openxlstm.training.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -180,7 +181,7 @@ def _update(
         "train", numbers, lengths=trial.train_lengths, protocol=trial.protocol, seed=trial.seed
     )
     counted = int((batch.targets != IGNORED).sum())
-    loss = summed_cross_entropy(model(batch.tokens), batch.targets) / max(counted, 1)
+    loss = summed_loss(model, batch.tokens, batch.targets) / max(counted, 1)
     loss.backward()
     clip_gradients(model.parameters(), float(gradient_norm(model.parameters())), config.clip)
     set_learning_rate(optimizer, learning_rate(config, step))

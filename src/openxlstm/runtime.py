@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import platform
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,19 @@ def one_thread() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------- seeds
+
+
+def end_with_parent() -> None:
+    """In a worker process: leave when the process that started it is gone, even if that was killed."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            connection.wait([parent.sentinel])
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def set_seed(seed: int) -> None:

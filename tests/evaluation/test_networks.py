@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +197,45 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
         run_study([], "anywhere", processes=0)
     assert available("slstm") is None
+
+
+KILLED = """
+import dataclasses, sys
+from openxlstm.evaluation import Trial, run_study
+
+if __name__ == "__main__":
+    short = Trial("parity", "lstm", width=8, steps=1, batch_size=2, test_lengths=((3, 5),), test_strings=2)
+    long = [dataclasses.replace(short, steps=10**6, seed=seed) for seed in (1, 2)]
+    run_study([short, *long], sys.argv[1], processes=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for child processes in /proc")
+def test_workers_end_with_a_killed_study(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(KILLED)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out")])
+    deadline = time.monotonic() + 120
+    try:
+        while not list((tmp_path / "out").rglob("*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.kill()
+        process.wait()
+    assert len(children) >= 2
+    deadline = time.monotonic() + 60
+    while any(map(_runs, children)):
+        assert time.monotonic() < deadline, "workers outlive the study"
+        time.sleep(0.05)
+
+
+def _runs(process_id: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return bool(Path(f"/proc/{process_id}/cmdline").read_text())  # a zombie has none
+    return False
 
 
 @pytest.mark.slow

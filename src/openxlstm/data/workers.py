@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from openxlstm.checkpoint.tokenizer import Tokenizer
 from openxlstm.data.corpus import CorpusDocument
+from openxlstm.runtime import end_with_parent
 
 CHUNK_BYTES = 1 << 20
 """Text per task."""
@@ -147,17 +147,8 @@ def _start_worker(tokenizer: Tokenizer, dtype: np.dtype) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows inherits nothing
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _encoder = _Encoder(tokenizer, dtype)
-
-
-def _end_with_parent() -> None:
-    """Leave when the calling process is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        with contextlib.suppress(OSError):
-            wait([parent.sentinel])
-        os._exit(1)
 
 
 def _work(texts: list[str]) -> list[npt.NDArray]:

@@ -19,7 +19,7 @@ import torch
 from openxlstm.config import config_to_dict
 from openxlstm.evaluation.networks import available
 from openxlstm.evaluation.trial import Trial, run_trial
-from openxlstm.runtime import atomic_write_text
+from openxlstm.runtime import atomic_write_text, end_with_parent
 
 
 def trial_name(trial: Trial) -> str:
@@ -75,7 +75,7 @@ def _run_parallel(
     pool = ProcessPoolExecutor(
         processes,
         multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
+        initializer=_begin_worker,
         initargs=(max(1, threads // processes),),
     )
     futures = [pool.submit(_run, trial, directory) for trial in trials]
@@ -89,6 +89,11 @@ def _run_parallel(
             worker.terminate()
         raise
     pool.shutdown()
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    end_with_parent()
 
 
 def _run(trial: Trial, directory: Path, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

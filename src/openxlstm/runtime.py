@@ -159,14 +159,14 @@ def one_thread() -> Iterator[None]:
 def end_with_parent() -> None:
     """In a worker process: leave when the process that started it is gone, even if that was killed."""
 
-    def wait() -> None:
+    def leave_after(sentinel: int) -> None:
         with contextlib.suppress(OSError):
-            connection.wait([parent.sentinel])
+            connection.wait([sentinel])
         os._exit(1)
 
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=leave_after, args=(parent.sentinel,), daemon=True).start()
 
 
 def set_seed(seed: int) -> None:

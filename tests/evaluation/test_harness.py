@@ -155,7 +155,9 @@ def test_shared_beginnings_are_read_once(checkpoint: Path) -> None:
     assert (_common([1, 2, 3], [1, 2, 4]), _common([1], [1, 2]), _common([], [1])) == (2, 1, 0)
 
 
-def test_an_answer_longer_than_the_limit(checkpoint: Path) -> None:
+def test_mistakes(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"name the model: --model_args pretrained=DIRECTORY"):
+        OpenXLSTM()
     ours = OpenXLSTM(str(checkpoint), device="cpu", max_length=4)
     with pytest.raises(ValueError, match=r"an answer has \d+ tokens, more than max_length=4; raise it"):
         ours.loglikelihood(instances("loglikelihood", [("the", " " + sentence(random.Random(2), 20))]))

@@ -56,7 +56,7 @@ class OpenXLSTM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 16,
@@ -65,6 +65,8 @@ class OpenXLSTM(TemplateLM):
         **_: Any,
     ) -> None:
         super().__init__()
+        if pretrained is None:
+            raise ValueError("name the model: --model_args pretrained=DIRECTORY (or a hub id)")
         self.model, tokenizer = load_pretrained(str(pretrained), dtype=dtype, device=device or "auto")
         if tokenizer is None:
             raise ValueError(f"'{pretrained}' has no tokenizer, which the harness needs")

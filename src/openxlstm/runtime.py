@@ -342,9 +342,12 @@ def environment_report(*, measure: bool = False) -> dict[str, Any]:
         },
         "devices": devices,
         "packages": {
+            "torch": torch.__version__,  # its build too, which the metadata may lack
+        }
+        | {
             name: _version(name)
             for name in (
-                "torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "triton",
+                "numpy", "safetensors", "tokenizers", "huggingface-hub", "triton",
                 "matplotlib", "tensorboard", "transformers",
             )
         },

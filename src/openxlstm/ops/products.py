@@ -61,7 +61,8 @@ class _Span(ctypes.Structure):
 
 def use_huge_pages(x: Tensor) -> None:
     """Move ``x`` into huge pages of memory where the system has them: it is read faster from there."""
-    loader.call("oxl_huge_pages", _Span(x.data_ptr(), x.nbytes))
+    if loader.unavailable() is None:
+        loader.call("oxl_huge_pages", _Span(x.data_ptr(), x.nbytes))
 
 
 def read_memory(x: Tensor) -> None:

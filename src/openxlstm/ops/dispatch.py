@@ -25,6 +25,11 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd follows an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an operator."""

@@ -80,9 +80,11 @@ def causal_convolution(
     batch, _, channels = x.shape
     past = weight.shape[1] - 1
     before = x.new_zeros(batch, past, channels) if state is None else state.to(x.dtype)
-    given = [t for t in (x, weight, bias, state) if t is not None]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    options = {"time": x.shape[1], "taps": weight.shape[1], "needs_grad": needs_grad}
+    options = {
+        "time": x.shape[1],
+        "taps": weight.shape[1],
+        "needs_grad": dispatch.needs_grad(x, weight, bias, state),
+    }
     request = dispatch.Request(x.device, x.dtype, options)
     run = dispatch.resolve("causal_convolution", backend, request).implementation
     y = run(x, weight, bias, before, reset, silu)

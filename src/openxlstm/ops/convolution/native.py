@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.native import loader
+from openxlstm.ops.native.operands import Operands
 
 _BLOCK = 64  # positions of one task; the backward pass computes K - 1 more
 
@@ -51,36 +52,22 @@ def convolve(
     return _forward(x, weight, bias, before, reset, silu)
 
 
-class _Call:
+class _Call(Operands):
     """The arguments that forward and backward share, and the tensors that must outlive the call."""
 
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, reset: Tensor | None, silu: bool
     ) -> None:
+        super().__init__()
         batch, time, channels = x.shape
         self.dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        self._alive: list[Tensor] = []
         blocks = (time + _BLOCK - 1) // _BLOCK
         sizes = (batch, time, channels, weight.shape[1], _BLOCK, blocks)
         self.arguments = a = _Arguments(*sizes, self.dtype == torch.bfloat16, silu)
-        a.x, a.x_b, a.x_t = self.rows(x)
-        a.before, a.weight = self.keep(before.to(self.dtype)), self.keep(weight.t().float())
-        a.bias = None if bias is None else self.keep(bias.float())
-        a.reset = None if reset is None else self.keep(reset)
+        a.x, a.x_b, a.x_t = self.strided(x, self.dtype)
+        a.before, a.weight = self.keep(before, self.dtype), self.keep(weight.t(), torch.float32)
+        a.bias, a.reset = self.keep(bias, torch.float32), self.keep(reset)
         self.tasks = batch * blocks
-
-    def keep(self, x: Tensor) -> int:
-        """Address of a contiguous form of x."""
-        self._alive.append(x.contiguous())
-        return self._alive[-1].data_ptr()
-
-    def rows(self, x: Tensor) -> tuple[int, int, int]:
-        """Address and strides of an operand (B, T, E), copied only if E does not lie together."""
-        x = x.to(self.dtype)
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        self._alive.append(x)
-        return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 @torch.library.custom_op("openxlstm::causal_convolution_native", mutates_args=())
@@ -112,7 +99,7 @@ def _backward(
     d_before = torch.zeros(before.shape)
     d_weight, d_bias = torch.empty(call.tasks, taps, channels), torch.empty(call.tasks, channels)
     if dx.numel():
-        a.dy, a.dy_b, a.dy_t = call.rows(dy)
+        a.dy, a.dy_b, a.dy_t = call.strided(dy, call.dtype)
         a.dx, a.d_before, a.d_weight, a.d_bias = (t.data_ptr() for t in (dx, d_before, d_weight, d_bias))
         loader.call("oxl_convolution_backward", a)
     d_weight = d_weight.sum(0).t().to(weight.dtype).contiguous()

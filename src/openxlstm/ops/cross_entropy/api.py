@@ -68,8 +68,7 @@ def linear_cross_entropy(
         raise ValueError(f"soft_cap must be a positive number or None, got {soft_cap}")
     _check_targets(targets, x.shape[:-1], weight.shape[0])
     dtype = computing_dtype(x)
-    parameters = (x, weight) if bias is None else (x, weight, bias)
-    gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    gradients = dispatch.needs_grad(x, weight, bias)
     chosen = dispatch.resolve(OPERATOR, backend, Request(x.device, dtype)).name
     loss, *_ = _linear_cross_entropy(
         x.reshape(-1, x.shape[-1]).to(dtype), weight, targets.flatten(), bias, soft_cap, gradients, chosen

@@ -256,8 +256,7 @@ def mlstm_step(
         return h.squeeze(1), state
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[-1], dtype, q.device)
-    tensors = (q, k, v, i, f, *state)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    needs_grad = dispatch.needs_grad(q, k, v, i, f, *state)
     head_dim = max(q.shape[-1], v.shape[-1])
     request = dispatch.Request(q.device, q.dtype, {"needs_grad": needs_grad, "head_dim": head_dim})
     run = dispatch.resolve("mlstm_step", backend, request).implementation

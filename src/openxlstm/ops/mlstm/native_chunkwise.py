@@ -24,6 +24,7 @@ from torch import Tensor
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.mlstm import chunkwise
 from openxlstm.ops.native import loader
+from openxlstm.ops.native.operands import Operands
 
 
 def default_chunk_size(qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:
@@ -64,7 +65,7 @@ def refuse(request: Request) -> str | None:
     return loader.refuse(request, differentiable=True)
 
 
-class _Call:
+class _Call(Operands):
     """The arguments that forward and backward share, and the tensors that must outlive the call."""
 
     def __init__(
@@ -75,44 +76,31 @@ class _Call:
         reset: Tensor | None,
         options: tuple[bool, bool, float, int],  # sigmoid, normalize, eps, chunk_size
     ) -> None:
+        super().__init__()
         q, _, v = operands
         batch, time, heads, qk_dim = q.shape
         sigmoid, normalize, eps, chunk = options
         self.dtype = _dtype(q)
         self.gate_dtype = _dtype(*gates)
-        self._alive: list[Tensor] = []
         sizes = (batch, time, heads, qk_dim, v.shape[-1], chunk, -(-time // chunk), 1)
         halves = (self.dtype == torch.bfloat16, self.gate_dtype == torch.bfloat16)
         self.arguments = a = _Arguments(*sizes, *halves, sigmoid, normalize, eps)
         a.q, a.k, a.v = (self.view(x) for x in operands)
-        a.i, a.f = (self._strided(x.to(self.gate_dtype)) for x in gates)
+        a.i, a.f = (
+            _View(x.data_ptr(), *x.stride()) for x in (self.hold(g.to(self.gate_dtype)) for g in gates)
+        )
         a.reset = self.keep(reset, torch.bool)
         a.m0 = self.keep(state[2], torch.float32)
         if not all(_is_one_zero(x) for x in state[:2]):
             a.c0, a.n0 = (self.keep(x, torch.float32) for x in state[:2])
 
-    def keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
-        """Address of a contiguous form of x."""
-        if x is None:
-            return None
-        x = x.to(dtype or x.dtype).contiguous()
-        self._alive.append(x)
-        return x.data_ptr()
-
     def view(self, x: Tensor | None) -> _View:
         """A (B, T, H, D) operand in the dtype of the call, copied only if D does not lie together."""
-        if x is None:
-            return _View(None, 0, 0, 0)
-        x = x.to(self.dtype)
-        return self._strided(x if x.stride(-1) == 1 else x.contiguous())
+        return _View(None, 0, 0, 0) if x is None else _View(*self.strided(x, self.dtype))
 
     def output(self, x: Tensor) -> Tensor:
         """Memory for a result of the shape of x, laid out (B, T, H, D), or (B, T, H) for a gate."""
         return torch.empty(x.shape, dtype=self.dtype if x.ndim == 4 else self.gate_dtype)
-
-    def _strided(self, x: Tensor) -> _View:
-        self._alive.append(x)
-        return _View(x.data_ptr(), *x.stride()[:3])
 
 
 def _is_one_zero(x: Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from openxlstm.ops import dispatch
@@ -75,9 +74,10 @@ def head_norm(
         ValueError: shapes that do not fit, or an unknown or impossible backend.
     """
     _check(x, weight, bias, gate, skip, skip_weight, activation)
-    given = [t for t in (x, weight, bias, gate, skip, skip_weight) if t is not None]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    options = {"needs_grad": needs_grad, "head_dim": x.shape[-1]}
+    options = {
+        "needs_grad": dispatch.needs_grad(x, weight, bias, gate, skip, skip_weight),
+        "head_dim": x.shape[-1],
+    }
     run = dispatch.resolve("head_norm", backend, dispatch.Request(x.device, x.dtype, options)).implementation
     return run(
         x, weight, bias, weight_offset, center, eps, gate, activation == "silu", skip, skip_weight, widen

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.native import loader
-from openxlstm.ops.normalization.portable import result_dtype
+from openxlstm.ops.native.operands import Operands
+from openxlstm.ops.normalization.portable import new_result, result_dtype
 
 _BLOCK = 32  # positions of one task
 
@@ -47,7 +48,7 @@ def refuse(request: Request) -> str | None:
     return loader.refuse(request, differentiable=True)
 
 
-class _Call:
+class _Call(Operands):
     """The arguments that forward and backward share, and the tensors that must outlive the call."""
 
     def __init__(
@@ -62,37 +63,22 @@ class _Call:
         center: bool,
         silu: bool,
     ) -> None:
+        super().__init__()
         *_, heads, d = x.shape
         rows = x.numel() // (heads * d) if x.numel() else 0
         self.out = result_dtype(x, scale, bias, gate, skip, skip_scale)
         low = all(t is None or t.dtype == torch.bfloat16 for t in (x, gate, skip))
         self.dtype = torch.bfloat16 if low else torch.float32
         self.y_dtype = torch.bfloat16 if low and self.out == torch.bfloat16 else torch.float32
-        self._alive: list[Tensor] = []
         blocks = (rows + _BLOCK - 1) // _BLOCK
         kinds = (low, self.y_dtype == torch.bfloat16, center, silu)
         self.arguments = a = _Arguments(rows, heads, d, _BLOCK, blocks, *kinds, eps)
-        a.x, a.x_r, a.x_h = self._strided(x.reshape(rows, heads, d))
-        a.scale, a.bias, a.skip_scale = (
-            None if t is None else self.keep(t.float()) for t in (scale, bias, skip_scale)
-        )
+        a.x, a.x_r, a.x_h = self.strided(x.reshape(rows, heads, d), self.dtype)
+        a.scale, a.bias, a.skip_scale = (self.keep(t, torch.float32) for t in (scale, bias, skip_scale))
         if gate is not None:
-            a.gate, a.gate_r = self._strided(gate.reshape(rows, heads * d))
+            a.gate, a.gate_r = self.strided(gate.reshape(rows, heads * d), self.dtype)
         if skip is not None:
-            a.skip, a.skip_r = self._strided(skip.reshape(rows, heads * d))
-
-    def keep(self, x: Tensor) -> int:
-        """Address of a contiguous form of x."""
-        self._alive.append(x.contiguous())
-        return self._alive[-1].data_ptr()
-
-    def _strided(self, x: Tensor) -> tuple[int, ...]:
-        """Address and strides of an operand, copied only if its last dimension does not lie together."""
-        x = x.to(self.dtype)
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        self._alive.append(x)
-        return x.data_ptr(), *x.stride()[:-1]
+            a.skip, a.skip_r = self.strided(skip.reshape(rows, heads * d), self.dtype)
 
 
 @torch.library.custom_op("openxlstm::head_norm_native", mutates_args=())
@@ -133,7 +119,7 @@ def _backward(
     a = call.arguments
     rows = [None if t is None else torch.empty(t.shape, dtype=call.dtype) for t in (x, gate, skip)]
     shares = [None if t is None else torch.empty(a.blocks, len(t)) for t in (scale, bias, skip_scale)]
-    a.dy = call.keep(dy.to(call.y_dtype))
+    a.dy = call.keep(dy, call.y_dtype)
     a.dx, a.d_gate, a.d_skip = (None if t is None else t.data_ptr() for t in rows)
     a.d_scale, a.d_bias, a.d_skip_scale = (None if t is None else t.data_ptr() for t in shares)
     if x.numel():
@@ -152,8 +138,7 @@ def _alike(tensor: Tensor | None, gradient: Tensor | None) -> Tensor:
 
 @_forward.register_fake
 def _(x, scale, bias, gate, skip, skip_scale, eps, center, silu):
-    dtype = result_dtype(x, scale, bias, gate, skip, skip_scale)
-    return x.new_empty((*x.shape[:-2], x.shape[-2] * x.shape[-1]), dtype=dtype)
+    return new_result(x, scale, bias, gate, skip, skip_scale)
 
 
 @_backward.register_fake

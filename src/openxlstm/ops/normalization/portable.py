@@ -14,6 +14,11 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 
+def new_result(x: Tensor, *others: Tensor | None) -> Tensor:
+    """An empty y (..., H D) in the dtype of the product of the given tensors; x is (..., H, D)."""
+    return x.new_empty((*x.shape[:-2], x.shape[-2] * x.shape[-1]), dtype=result_dtype(x, *others))
+
+
 def head_norm(
     x: Tensor,
     weight: Tensor | None,

@@ -9,7 +9,7 @@ from torch import Tensor
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.gpu import configurations, support
 from openxlstm.ops.gpu.support import kernel, unit_stride
-from openxlstm.ops.normalization.portable import result_dtype
+from openxlstm.ops.normalization.portable import new_result
 
 MAX_WIDTH = 16384
 """Channels of a head that one program holds."""
@@ -37,7 +37,7 @@ def _head_norm(
     skip: Tensor | None,
     skip_weight: Tensor | None,
 ) -> Tensor:
-    y = _result(x, weight, bias, gate, skip, skip_weight)
+    y = new_result(x, weight, bias, gate, skip, skip_weight)
     if y.numel() == 0:
         return y
     heads, d = x.shape[-2:]
@@ -55,16 +55,9 @@ def _head_norm(
     return y
 
 
-def _result(*tensors: Tensor | None) -> Tensor:
-    """An empty y (..., H D) in the dtype of a product of the given tensors, x the first."""
-    x, dtype = tensors[0], result_dtype(*tensors)
-    assert x is not None
-    return x.new_empty((*x.shape[:-2], x.shape[-2] * x.shape[-1]), dtype=dtype)
-
-
 @_head_norm.register_fake
 def _(x, weight, bias, weight_offset, center, eps, gate, silu, skip, skip_weight):
-    return _result(x, weight, bias, gate, skip, skip_weight)
+    return new_result(x, weight, bias, gate, skip, skip_weight)
 
 
 def head_norm(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openxlstm.ops.dispatch import Request
+from openxlstm.ops.dispatch import Request, needs_grad
 from openxlstm.ops.native import loader
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.scan import new_buffers, register_gradient
@@ -58,8 +58,7 @@ def native(
 ) -> tuple[Tensor, Any]:
     """Run ``cell`` over time; arguments and results as for :func:`openxlstm.ops.rnn.reference.recurrent`."""
     first = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
-    tensors = (x, weight, bias, first)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = needs_grad(x, weight, bias, first)
     h, last, *_ = _forward(cell.name, x, weight, bias, first, reset, normalizer_floor, keep)
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openxlstm.ops.dispatch import needs_grad
 from openxlstm.ops.gpu import configurations
 from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, triton_type, unit_stride
 from openxlstm.ops.rnn.cells import CELLS, Cell
@@ -154,8 +155,7 @@ def run(
 ) -> tuple[Tensor, Any]:
     """Run ``cell`` over time; arguments and results as for :func:`openxlstm.ops.rnn.reference.recurrent`."""
     first = torch.stack(tuple(state)).transpose(1, 2)  # (S, H, B, D)
-    tensors = (x, weight, bias, first)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = needs_grad(x, weight, bias, first)
     h, last, *_ = _forward(cell.name, x, weight, bias, first, reset, normalizer_floor, keep)
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 

@@ -26,23 +26,20 @@ def ours(cell: CellName, backend: str, shape: Shape, *, project: bool = False) -
     width = heads * head_dim
 
     def prepare():
-        from openxlstm.ops import rnn
+        from openxlstm.ops import linear, rnn
 
         torch.manual_seed(0)
         x = torch.randn(batch, time, 4, heads, head_dim, requires_grad=True)
         weight = (torch.randn(4, heads, head_dim, head_dim) * 0.05).requires_grad_()
         bias = torch.zeros(4, heads, head_dim, requires_grad=True)
         grad = torch.randn(batch, time, heads, head_dim)
-        linear, inputs = (
-            torch.nn.Linear(width, 4 * width),
-            torch.randn(batch, time, width, requires_grad=True),
-        )
+        inputs = torch.randn(batch, time, width, requires_grad=True)
+        matrix = (torch.randn(4 * width, width) * width**-0.5).requires_grad_()
 
         def call() -> None:
-            gates = linear(inputs).view(batch, time, 4, heads, head_dim) if project else x
+            gates = linear(inputs, matrix).view(batch, time, 4, heads, head_dim) if project else x
             rnn(cell, gates, weight, bias, backend=backend).backward(grad)
-            x.grad = weight.grad = bias.grad = inputs.grad = None
-            linear.zero_grad()
+            x.grad = weight.grad = bias.grad = inputs.grad = matrix.grad = None
 
         return call
 

@@ -1,9 +1,10 @@
-"""Dense linear maps whose bfloat16 form is fast on every CPU.
+"""Dense linear maps that are fast on every CPU.
 
-On a CPU without bfloat16 units (AVX512-BF16, AMX) PyTorch emulates bfloat16 products, a hundred times slower
-than float32 ones. Products of bfloat16 numbers are exact in float32, so there the operands are widened, the
-product runs in float32, and the result is rounded once: the same mathematics, at float32 speed, while
-activations stay stored in bfloat16. Everything else goes to PyTorch's own kernels unchanged.
+In float32 they are products of :mod:`openxlstm.ops.matmul`. On a CPU without bfloat16 units (AVX512-BF16,
+AMX) PyTorch emulates bfloat16 products, a hundred times slower than float32 ones. Products of bfloat16
+numbers are exact in float32, so there the operands are widened, the product runs in float32, and the result
+is rounded once: the same mathematics, at float32 speed, while activations stay stored in bfloat16. Everything
+else goes to PyTorch's own kernels unchanged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from openxlstm.ops.matmul import matmul
 from openxlstm.runtime import has_fast_bfloat16
 
 
@@ -29,9 +31,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu":
         return functional.linear(x, weight, bias)
     dtype = computing_dtype(x)
-    if dtype != torch.bfloat16:
-        return functional.linear(x, weight, bias)
-    return _linear_bfloat16(x.to(dtype), weight, bias)
+    if dtype == torch.bfloat16:
+        return _linear_bfloat16(x.to(dtype), weight, bias)
+    if dtype == weight.dtype == torch.float32 and x.shape[-1:] == weight.shape[1:]:
+        y = matmul(x.reshape(-1, x.shape[-1]), weight.t(), bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    return functional.linear(x, weight, bias)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ int oxl_head_norm_forward(int isa, int threads, oxl::HeadNorm *args);
 int oxl_head_norm_backward(int isa, int threads, oxl::HeadNorm *args);
 int oxl_cross_entropy(int isa, int threads, oxl::CrossEntropy *args);
 int oxl_product(int isa, int threads, oxl::Product *args);
+int oxl_matrix_product(int isa, int threads, oxl::MatrixProduct *args);
 int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args);
 int oxl_probe(int isa, int threads, oxl::Probe *args);
 int oxl_decode_workspace(int isa, int threads, oxl::Decode *args);
@@ -154,6 +155,18 @@ static void convolution(Random &random, int isa) {
     const int threads = 1 + static_cast<int>(random.below(3));
     oxl_convolution_forward(isa, threads, &a);
     oxl_convolution_backward(isa, threads, &a);
+}
+
+static void matrix_product(Random &random, int isa) {
+    oxl::MatrixProduct a = {};
+    a.m = 1 + random.below(80), a.n = 1 + random.below(80), a.k = 1 + random.below(random.below(4) ? 70 : 900);
+    const bool a_in_rows = random.below(2), b_in_rows = random.below(2);
+    const Floats left = random.floats(a.m * a.k), right = random.floats(a.k * a.n), bias = random.floats(a.n);
+    Floats result(a.m * a.n);
+    a.a = left.data(), a.b = right.data(), a.c = result.data();
+    a.a_m = a_in_rows ? a.k : 1, a.a_k = a_in_rows ? 1 : a.m, a.b_k = b_in_rows ? a.n : 1, a.b_n = b_in_rows ? 1 : a.k;
+    if (random.below(2)) a.bias = bias.data();
+    oxl_matrix_product(isa, 1 + static_cast<int>(random.below(3)), &a);
 }
 
 static void head_norm(Random &random, int isa) {
@@ -357,6 +370,7 @@ static void fuzz(unsigned seed, int rounds) {
             mlstm(random, isa);
             rnn(random, isa);
             convolution(random, isa);
+            matrix_product(random, isa);
             head_norm(random, isa);
             cross_entropy(random, isa);
             product(random, isa);

@@ -18,6 +18,7 @@ from openxlstm.ops import dispatch
 from openxlstm.ops.cross_entropy import native
 from openxlstm.ops.dense import computing_dtype, widened
 from openxlstm.ops.dispatch import Request
+from openxlstm.ops.matmul import matmul
 
 OPERATOR = "linear_cross_entropy"
 IGNORED = -100
@@ -149,12 +150,12 @@ def _linear_cross_entropy(
         matrix = widened(weight, x.dtype)
         for n, (part, labels) in enumerate(zip(x.chunk(parts), targets.chunk(parts), strict=True)):
             inputs = widened(part, x.dtype)
-            logits = inputs @ matrix.t()
+            logits = matmul(inputs, matrix.t())
             if bias is not None:
                 logits += bias
             total += rows(logits, labels, soft_cap, gradients).sum(dtype=torch.float64)
             if gradients:
-                dx.chunk(parts)[n].copy_(logits @ matrix)
+                dx.chunk(parts)[n].copy_(matmul(logits, matrix))
                 _add_weight_gradient(dw, logits, inputs, first=n == 0)
                 if bias is not None:
                     db.copy_(logits.sum(0, dtype=wide) + (db if n else 0))
@@ -165,7 +166,7 @@ def _add_weight_gradient(dw: Tensor, dlogits: Tensor, x: Tensor, *, first: bool)
     """``dw`` (V, E) = or += ``dlogits.T @ x``, in blocks: new pages for a whole product would cost more."""
     block = max(1, GRADIENT_BLOCK // dw.shape[1])
     for rows, part in zip(dw.split(block), dlogits.split(block, 1), strict=True):
-        product = part.t() @ x
+        product = matmul(part.t(), x)
         rows.copy_(product) if first else rows.add_(product)
 
 

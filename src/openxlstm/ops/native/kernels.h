@@ -125,6 +125,16 @@ struct Weight {
     const void *data, *scales;
 };
 
+// c = a b + bias for large matrices, (m, n) = (m, k) (k, n) + (n). Strides count elements; of each pair one is 1. The task of
+// block row r and block column s computes rows_per_task rows and columns_per_task columns. The kernels say how they want
+// the work cut and how many floats of working space a task needs.
+struct MatrixProduct {
+    const float *a, *b, *bias;  // bias may be null
+    float *c;                   // (m, n) without gaps
+    int64_t m, n, k, a_m, a_k, b_k, b_n;
+    int64_t rows_per_task, columns_per_task, scratch;
+};
+
 // y[b][r] = sum_c weight[r][c] x[b][c]. A task computes rows_per_task rows for the whole batch.
 struct Product {
     Weight weight;
@@ -194,6 +204,8 @@ struct Kernels {
     void (*head_norm_forward)(const HeadNorm &, int64_t task, float *scratch);
     void (*head_norm_backward)(const HeadNorm &, int64_t task, float *scratch);
     void (*product)(const Product &, int64_t task, float *scratch);
+    void (*matrix_product_plan)(MatrixProduct &, int threads);
+    void (*matrix_product)(const MatrixProduct &, int64_t task, float *scratch);
     void (*quantized_plan)(QuantizedProduct &, int threads);
     void (*quantize_activations)(const QuantizedProduct &, int64_t task, float *scratch);
     void (*quantized_product)(const QuantizedProduct &, int64_t task, float *scratch);

@@ -204,6 +204,16 @@ OXL_EXPORT int oxl_product(int isa, int threads, oxl::Product *args) {
     return run(a, TABLE[isa]->product, (a.weight.rows + a.rows_per_task - 1) / a.rows_per_task, threads, 0);
 }
 
+OXL_EXPORT int oxl_matrix_product(int isa, int threads, oxl::MatrixProduct *args) {
+    oxl::MatrixProduct a = *args;
+    if (threads < 1) threads = 1;
+    TABLE[isa]->matrix_product_plan(a, threads);
+    advise(a.c, a.m * a.n * 4);
+    const int64_t down = (a.m + a.rows_per_task - 1) / a.rows_per_task;
+    const int64_t across = (a.n + a.columns_per_task - 1) / a.columns_per_task;
+    return run(a, TABLE[isa]->matrix_product, down * across, threads, a.scratch);
+}
+
 OXL_EXPORT int oxl_quantized_product(int isa, int threads, oxl::QuantizedProduct *args) {
     oxl::QuantizedProduct a = *args;
     if (threads < 1) threads = 1;

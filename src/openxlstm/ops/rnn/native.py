@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops.dispatch import Request, needs_grad
+from openxlstm.ops.matmul import matmul
 from openxlstm.ops.native import loader
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.scan import new_buffers, register_gradient
@@ -155,7 +156,8 @@ def _backward(
         before = before.masked_fill(reset.t().unsqueeze(-1), 0)
     with torch.autocast("cpu", enabled=False):
         d_recurrent = d_gates.flatten(3)[..., : weight.shape[0] * d]
-        d_weight = torch.bmm(d_recurrent.flatten(1, 2).mT, before.flatten(1, 2))
+        pairs = zip(d_recurrent.flatten(1, 2).mT, before.flatten(1, 2), strict=True)
+        d_weight = torch.stack([matmul(*pair) for pair in pairs])
     return d_gates, d_weight.view(heads, -1, d, d).transpose(0, 1).contiguous(), d_state
 
 

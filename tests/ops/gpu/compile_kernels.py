@@ -29,7 +29,8 @@ SHOWN = ("kernel", "registers", "spills", "shared", "instructions")
 
 
 def mlstm(dtype_name: str, *, resident: bool = False) -> None:
-    """Training and prefill at the 7B shape, or the forward with the state on the chip at DK = 64."""
+    """Training and prefill at the 7B shape, or the forward with the state on the chip at the
+    largest DK it takes."""
     import torch
 
     from openxlstm.ops.gpu import configurations
@@ -38,9 +39,8 @@ def mlstm(dtype_name: str, *, resident: bool = False) -> None:
     dtype = getattr(torch, dtype_name)
     batch, time, heads, dk, dv = 1, 512, 2, 256, 512
     if resident:
-        dk = 64
-        tiles = configurations.mlstm(torch.device("cpu"), dtype).resident
-        configurations.resident = lambda *_: tiles
+        dk = configurations.mlstm(torch.device("cpu"), dtype).resident.k
+        configurations.resident = lambda *_: True
     q, k = (torch.zeros(batch, time, heads, dk, dtype=dtype) for _ in range(2))
     v = torch.zeros(batch, time, heads, dv, dtype=dtype)
     i, f = (torch.zeros(batch, time, heads) for _ in range(2))
@@ -115,7 +115,6 @@ def branches() -> None:
     for shape in ((1, 1, 1, 1, 1), (2, 70, 3, 17, 5)):
         batch, time, heads, dk, dv = shape
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            tiles = configurations.mlstm(torch.device("cpu"), dtype).resident
             reset = torch.zeros(batch, time, dtype=torch.bool) if dk > 1 else None
             for sigmoid, normalize in ((False, True), (True, True), (True, False)):
                 sizes = (dk, dk, dv, None, None)
@@ -132,7 +131,7 @@ def branches() -> None:
                 leaves = [x.requires_grad_() for x in (*tensors, *state)]
                 h, *last = triton_backend.run(*leaves, reset, **options)
                 (h.sum() + sum(x.sum() for x in last)).backward()
-                configurations.resident = lambda *_, tiles=tiles: tiles
+                configurations.resident = lambda *_: True
                 with torch.no_grad():
                     triton_backend.run(*leaves, reset, **options)
                     slots = torch.zeros(batch, dtype=torch.int32) if dk > 1 else None
@@ -174,6 +173,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "mlstm-float16": lambda: mlstm("float16"),
     "mlstm-float32": lambda: mlstm("float32"),
     "resident-bfloat16": lambda: mlstm("bfloat16", resident=True),
+    "resident-float16": lambda: mlstm("float16", resident=True),
+    "resident-float32": lambda: mlstm("float32", resident=True),
     "step-bfloat16": lambda: step("bfloat16"),
     "epilogues-bfloat16": epilogues,
     "slstm-64-bfloat16": lambda: rnn("slstm", "bfloat16", 64),

@@ -18,7 +18,7 @@ SMALL = Case(batch=2, time=3, heads=2, with_state=True)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend; skips Triton where it is not installed."""
     if request.param == "triton":
-        request.getfixturevalue("triton_device")
+        request.getfixturevalue("device")
     return request.param
 
 
@@ -93,7 +93,7 @@ def test_half_precision_keeps_gates_and_states_in_float32(backend, dtype, rel_er
 
 
 @pytest.mark.parametrize(("input_gate", "normalize"), GATES)
-def test_single_steps(triton_device, input_gate, normalize, rel_error):
+def test_single_steps(device, input_gate, normalize, rel_error):
     case = SMALL.but(input_gate=input_gate)
     inputs, state, exact, exact_state = prepare(case, "triton")
     options = {"input_gate": input_gate, "normalize": normalize}
@@ -110,7 +110,7 @@ def test_single_steps(triton_device, input_gate, normalize, rel_error):
         mlstm_step(*(x[:, 0].requires_grad_() for x in inputs), state, backend="triton")
 
 
-def test_opcheck(triton_device):
+def test_opcheck(device):
     inputs, state, _, _ = prepare(SMALL, "triton")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     step = torch.ops.openxlstm.mlstm_step_triton.default

@@ -21,6 +21,13 @@ pytestmark = [
 SMALL = Case(batch=1, time=21, heads=2)
 
 
+@pytest.fixture(params=["states between chunks", "state on the chip"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forward schedules, whatever the shape would choose."""
+    monkeypatch.setattr(configurations, "resident", lambda *_: request.param == "state on the chip")
+    return request.param
+
+
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     with torch.device("cpu"):
         return {name: x.to(device) for name, x in case.inputs(dtype).items()}
@@ -50,12 +57,12 @@ def test_float32_values_and_gradients(name, device, rel_error):
 
 @pytest.mark.parametrize("name", ["plain", "odd_dims", "reset_and_forget", "sigmoid_unnormalized"])
 def test_state_on_the_chip(name, device, rel_error, monkeypatch):
-    """The other forward schedule, which the shapes of these tests would not choose."""
-    tiles = configurations.mlstm(device, torch.float32).resident
-    monkeypatch.setattr(configurations, "resident", lambda *_: tiles)
+    """The other forward schedule: one tile of value columns and several, more than one tile of query/key
+    dimensions, a chunk shorter than its tile."""
+    monkeypatch.setattr(configurations, "resident", lambda *_: True)
     case = CASES[name].but(batch=1, time=37, with_state=True)
     compare(case, inputs_of(case, device), rel_error)
-    case = case.but(v_dim=40, heads=1)
+    case = case.but(v_dim=40, qk_dim=40, heads=1)
     compare(case, inputs_of(case, device), rel_error, chunk_size=13, losses="h")
 
 
@@ -80,7 +87,7 @@ def test_any_head_dimension(qk_dim, v_dim, device, rel_error):
     compare(case, inputs_of(case, device), rel_error, chunk_size=16)
 
 
-def test_strides_and_out_of_bounds_reads(device, rel_error):
+def test_strides_and_out_of_bounds_reads(device, rel_error, schedule):
     """Head-first, expanded and sliced inputs; what surrounds a slice is NaN and must not be read."""
     case = SMALL.but(batch=2, with_state=True)
     x = inputs_of(case, device)
@@ -109,7 +116,7 @@ def test_strides_and_out_of_bounds_reads(device, rel_error):
     (torch.bfloat16, 6e-3, 1.2e-2, 2e-2), (torch.float16, 2e-3, 4e-3, 4e-3)
 ])  # fmt: skip
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
-def test_half_precision(dtype, forward, backward, gates, input_gate, device, rel_error):
+def test_half_precision(dtype, forward, backward, gates, input_gate, device, rel_error, schedule):
     """The tolerances of the specification, over several chunks, with a state and losses on everything."""
     case = Case(batch=1, heads=1, time=70, qk_dim=16, v_dim=24, forget_mean=3.0, input_gate=input_gate)
     case = case.but(with_state=True, reset_every=37)
@@ -126,7 +133,7 @@ def test_half_precision(dtype, forward, backward, gates, input_gate, device, rel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_beats_the_plain_formula(dtype, device, rel_error):
+def test_half_precision_beats_the_plain_formula(dtype, device, rel_error, schedule):
     """Values and gradients, also where the plain formula keeps its gates in float32."""
     case = Case(batch=1, heads=1, time=48, qk_dim=16, v_dim=16, forget_mean=3.0)
     x = inputs_of(case, device, dtype)
@@ -166,7 +173,7 @@ def test_scale_invariant_output(device, rel_error):
         assert rel_error(one, two) < 2e-5 or torch.allclose(one.double(), two, atol=1e-7), name  # dn0 is 0
 
 
-def test_packed_documents(device, rel_error):
+def test_packed_documents(device, rel_error, schedule):
     lengths = [5, 0, 1, 14]
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     case = SMALL.but(time=sum(lengths))
@@ -185,7 +192,7 @@ def test_packed_documents(device, rel_error):
 
 
 @pytest.mark.parametrize("kind", ["reset", "forget"])
-def test_nothing_crosses_a_boundary(kind, device):
+def test_nothing_crosses_a_boundary(kind, device, schedule):
     """Bit for bit: neither values, nor states, nor gradients, whatever stands on the other side."""
     case, cut = SMALL.but(with_state=True), 9
     x = inputs_of(case, device)
@@ -215,7 +222,7 @@ def test_nothing_crosses_a_boundary(kind, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_split_causality_rows_and_determinism(device, rel_error):
+def test_split_causality_rows_and_determinism(device, rel_error, schedule):
     case = SMALL.but(batch=2, with_state=True, reset_every=8)
     x = inputs_of(case, device)
     state = mLSTMState(*(x[n] for n in ("c0", "n0", "m0")))
@@ -240,7 +247,7 @@ def test_split_causality_rows_and_determinism(device, rel_error):
 
 
 @pytest.mark.parametrize("gate", [-1e3, 1e3, -torch.inf])
-def test_extreme_gates_stay_finite(gate, device, rel_error):
+def test_extreme_gates_stay_finite(gate, device, rel_error, schedule):
     case = SMALL.but(time=18, heads=1, with_state=True)
     x = inputs_of(case, device)
     x["f"][:, ::3] = gate
@@ -254,7 +261,7 @@ def test_extreme_gates_stay_finite(gate, device, rel_error):
 
 
 @pytest.mark.parametrize(("batch", "time"), [(2, 0), (0, 5), (1, 1)])
-def test_empty_and_short(batch, time, device):
+def test_empty_and_short(batch, time, device, schedule):
     case = SMALL.but(batch=batch, time=time, with_state=True)
     outputs, grads = run(case, inputs_of(case, device), "triton")
     assert outputs["h"].shape == (batch, time, 2, 12)

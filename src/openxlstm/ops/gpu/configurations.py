@@ -1,9 +1,8 @@
 """Tile sizes of the Triton kernels per architecture: a shipped table, no tuning at run time.
 
-The first entry that fits is taken: architecture of the device, else ``default``; then the width of the
-inputs (``half``: bfloat16 and float16, ``single``: float32). Tiles are cut to the call's dimensions, so
-small problems get small tiles. docs/kernels.md explains the choices; the tables in
-tests/ops/gpu/resources hold what each entry compiles to (registers, spills, shared memory).
+An entry belongs to an architecture (else ``default``) and the dtype of the inputs. Tiles are cut to the
+call's dimensions, so small problems get small tiles. docs/kernels.md explains the choices; the table
+tests/ops/gpu/resources.json holds what each entry compiles to (registers, spills, shared memory).
 """
 
 from __future__ import annotations
@@ -65,27 +64,38 @@ class MLSTM:
     output: Tiles = Tiles(v=128)
     state_gradients: Tiles = Tiles()
     inputs: Tiles = Tiles(warps=8)
-    resident: Tiles = Tiles(k=64, warps=8)
-    """The forward schedule with the state on the chip; ``k`` is the largest query/key dimension it takes
-    (from 128 on, every tiling tried spills 350 bytes per thread or more)."""
+    scores: Tiles = Tiles()
+    """Scores of the schedule with the state on the chip, and its vectors n; ``time`` as in ``resident``."""
+    resident: Tiles = Tiles(k=256, warps=8)
+    """The forward schedule with the state on the chip; ``k`` is the largest query/key dimension it takes."""
 
 
-_SINGLE = MLSTM(
+_FLOAT32 = MLSTM(
     forward_chunk=128,
     backward_chunk=32,
     states=Tiles(time=32, stages=1),
     output=Tiles(time=32, rows=32, k=32, stages=1),
     state_gradients=Tiles(time=32, stages=1),
     inputs=Tiles(time=32, k=32, v=32, stages=1),
+    scores=Tiles(time=32, k=32, stages=1),
     resident=Tiles(time=32, k=64, v=32, stages=1),
 )
 
 MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
-    ("default", "half"): MLSTM(),
-    ("default", "single"): _SINGLE,
-    ("sm_90", "half"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
-    ("sm_100", "half"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
-    ("gfx942", "half"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
+    ("default", "bfloat16"): MLSTM(resident=Tiles(k=128, warps=8)),  # 99 KB of shared memory is all some have
+    ("default", "float16"): MLSTM(resident=Tiles(k=64, warps=8)),
+    ("default", "float32"): _FLOAT32,
+    ("sm_80", "bfloat16"): MLSTM(),
+    ("sm_90", "bfloat16"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
+    ("sm_90", "float16"): MLSTM(
+        output=Tiles(rows=128, v=128, warps=8, stages=3), resident=Tiles(k=64, warps=8)
+    ),
+    ("sm_100", "bfloat16"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
+    ("sm_100", "float16"): MLSTM(
+        output=Tiles(rows=128, v=128, warps=8, stages=3), resident=Tiles(k=64, warps=8)
+    ),
+    ("gfx942", "bfloat16"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
+    ("gfx942", "float16"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
 }
 
 
@@ -102,20 +112,17 @@ def architecture(device: torch.device) -> str:
 
 def mlstm(device: torch.device, dtype: torch.dtype) -> MLSTM:
     """The entry for a device and the dtype of q, k, v."""
-    width = "single" if dtype == torch.float32 else "half"
-    name = architecture(device)
-    return MLSTM_TABLE.get((name, width)) or MLSTM_TABLE["default", width]
+    kind = str(dtype).removeprefix("torch.")
+    return MLSTM_TABLE.get((architecture(device), kind)) or MLSTM_TABLE["default", kind]
 
 
-def resident(device: torch.device, dtype: torch.dtype, pairs: int, dk: int, dv: int) -> Tiles | None:
-    """Tiles of the forward schedule that keeps the state on the chip, or None where states between chunks are
-    the better schedule: the state does not fit, or its programs (heads x tiles of value columns) would leave
-    more than a quarter of the multiprocessors idle while they walk over the sequence."""
-    tiles = mlstm(device, dtype).resident
-    if device.type != "cuda" or dk > tiles.k:
-        return None
+def resident(config: MLSTM, device: torch.device, pairs: int, dk: int, dv: int) -> bool:
+    """Whether the state stays on the chip: it fits, and its programs (heads x tiles of value columns) leave
+    at most a quarter of the multiprocessors idle while they walk over the sequence."""
+    if device.type != "cuda" or dk > config.resident.k:
+        return False
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return tiles if pairs * -(-dv // min(tiles.v, tile_of(dv))) >= 0.75 * processors else None
+    return pairs * -(-dv // min(config.resident.v, tile_of(dv))) >= 0.75 * processors
 
 
 def step(device: torch.device) -> Tiles:

@@ -1,12 +1,12 @@
 """Backend ``triton`` of the mLSTM: Tiled Flash Linear Attention on GPUs, exact gradients.
 
 ``openxlstm::mlstm_triton`` computes what :mod:`openxlstm.ops.mlstm.chunkwise` does. Forwards, gate scalars
-(:mod:`triton_scalars`) apart: one launch with the state on the chip where heads and value columns fill the
-machine, else two (states between chunks, then all chunks in parallel); :func:`configurations.resident` is the
-rule. Backwards four: states again, row scalars, state gradients, then dQ, dK and dV of each chunk from shared
-score tiles. Any length, any head dimension up to 1,024, strided inputs, resets. Values are float32, bfloat16
-or float16; gates, normaliser and returned states are float32, sums of gates float64. States between chunks
-are kept in bfloat16 for bfloat16 inputs, else in float32.
+(:mod:`triton_scalars`) apart: three launches with the state on the chip where heads and value columns fill
+the machine, else two (states between chunks, then all chunks in parallel); :func:`configurations.resident` is
+the rule. Backwards four: states again, row scalars, state gradients, then dQ, dK and dV of each chunk from
+shared score tiles. Any length, any head dimension up to 1,024, strided inputs, resets. Values are float32,
+bfloat16 or float16; gates, normaliser and returned states are float32, sums of gates float64. States between
+chunks are kept in bfloat16 for bfloat16 inputs, else in float32.
 
 Gradients do not depend on how forward and backward choose their chunk lengths. Not twice differentiable; the
 backend ``recurrent`` is. Source: arXiv 2503.14376; derivation in docs/kernels.md.
@@ -20,81 +20,10 @@ import torch
 from torch import Tensor
 
 from openxlstm.ops.gpu import configurations
-from openxlstm.ops.gpu.support import carried_dtype, kernel, precision, triton_type, unit_stride
+from openxlstm.ops.gpu.support import kernel, precision, unit_stride
 from openxlstm.ops.mlstm.chunkwise import register_gradient
 from openxlstm.ops.mlstm.triton_scalars import MAX_CHUNK, Scalars, gradients, prepare
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _states(
-    k: Tensor, v: Tensor, scalars: Scalars, c0: Tensor, n0: Tensor, chunk_size: int, *, last: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The state entering each chunk, (B * H, N, DK, DV) and (B * H, N, DK), and the last one."""
-    batch, time, heads, dk = k.shape
-    dv, pairs = v.shape[-1], batch * heads
-    chunks = scalars.keep.shape[-1]
-    c_states = k.new_empty((pairs, chunks, dk, dv), dtype=carried_dtype(k.dtype))
-    n_states = k.new_empty((pairs, chunks, dk), dtype=torch.float32)
-    c_last, n_last = (x.new_empty(x.shape) if last else x for x in (c0, n0))
-    tiles = configurations.mlstm(k.device, k.dtype).states.cut(chunk_size, dk, dv)
-    kernel("mlstm.triton_forward", "states_kernel")[(pairs, -(-dk // tiles.k), -(-dv // tiles.v))](
-        k, v, scalars.to_state, scalars.keep, c0, n0, c_states, n_states, c_last, n_last,
-        time, heads, dk, dv, chunk_size, chunks, *_strides(k, v),
-        STORE_LAST=last, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=precision(k.dtype),
-        **tiles.options,
-    )  # fmt: skip
-    return c_states, n_states, c_last, n_last
-
-
-def _outputs(
-    inputs: tuple[Tensor, ...],
-    scalars: Scalars,
-    states: tuple[Tensor, ...],
-    outputs: tuple[Tensor, ...],
-    length: int,
-    normalize: bool,
-    eps: float,
-) -> None:
-    """Fill h, r and den from the states entering the chunks, all chunks in parallel."""
-    q, k, v = inputs
-    batch, time, heads, dk = q.shape
-    dv, chunks = v.shape[-1], scalars.keep.shape[-1]
-    tiles = configurations.mlstm(q.device, q.dtype).output.cut(length, dk, dv)
-    grid = (-(-dv // tiles.v) * -(-length // tiles.rows) * batch * heads * chunks,)
-    kernel("mlstm.triton_forward", "output_kernel")[grid](
-        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.floor,
-        *states, *outputs, eps, -0.5 * math.log2(dk),
-        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
-        NORMALIZE=normalize, BQ=tiles.rows, BT=tiles.time, BK=tiles.k, BV=tiles.v,
-        PRECISION=precision(q.dtype), **tiles.options,
-    )  # fmt: skip
-
-
-def _resident(
-    inputs: tuple[Tensor, ...],
-    scalars: Scalars,
-    first: tuple[Tensor, ...],
-    outputs: tuple[Tensor, ...],
-    tiles: configurations.Tiles,
-    length: int,
-    normalize: bool,
-    eps: float,
-) -> None:
-    """Fill h, r, den and the last c, n, with the state on the chip throughout."""
-    q, k, v = inputs
-    batch, time, heads, dk = q.shape
-    dv, chunks = v.shape[-1], scalars.keep.shape[-1]
-    tiles = tiles.cut(length, dk, dv)
-    kernel("mlstm.triton_forward", "resident_kernel")[(batch * heads, -(-dv // tiles.v))](
-        q, k, v, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.to_state,
-        scalars.keep, scalars.floor, *first, *outputs, eps, -0.5 * math.log2(dk),
-        time, heads, dk, dv, length, chunks, *_strides(q, k, v),
-        NORMALIZE=normalize, CARRIED=triton_type(carried_dtype(q.dtype)), BT=tiles.time, BK=tiles.k,
-        BV=tiles.v, PRECISION=precision(q.dtype), **tiles.options,
-    )  # fmt: skip
+from openxlstm.ops.mlstm.triton_schedules import outputs, resident, states_between, strides
 
 
 @torch.library.custom_op("openxlstm::mlstm_triton", mutates_args=())
@@ -124,22 +53,22 @@ def _forward(
         c, n = (x.clone(memory_format=torch.contiguous_format) for x in (c0, n0))
         return h, c, n, m, r, den, r.double()
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    resident = configurations.resident(q.device, q.dtype, batch * heads, dk, dv)
-    if resident is not None:
-        length = min(chunk_size or resident.time, resident.time, time)
+    config = configurations.mlstm(q.device, q.dtype)
+    if configurations.resident(config, q.device, batch * heads, dk, dv):
+        length = min(chunk_size or config.resident.time, config.resident.time, time)
         scalars = prepare(i, f, m0, reset, length, sigmoid)
         c_last, n_last = (x.new_empty(x.shape) for x in (c0, n0))
-        _resident(
-            (q, k, v), scalars, (c0.contiguous(), n0.contiguous()), (h, r, den, c_last, n_last), resident,
+        resident(
+            (q, k, v), scalars, (c0.contiguous(), n0.contiguous()), (h, r, den, c_last, n_last), config,
             length, normalize, eps,
         )  # fmt: skip
     else:
-        length = min(chunk_size or configurations.mlstm(q.device, q.dtype).forward_chunk, MAX_CHUNK, time)
+        length = min(chunk_size or config.forward_chunk, MAX_CHUNK, time)
         scalars = prepare(i, f, m0, reset, length, sigmoid)
-        c_states, n_states, c_last, n_last = _states(
+        c_states, n_states, c_last, n_last = states_between(
             k, v, scalars, c0.contiguous(), n0.contiguous(), length, last=True
         )
-        _outputs((q, k, v), scalars, (c_states, n_states), (h, r, den), length, normalize, eps)
+        outputs((q, k, v), scalars, (c_states, n_states), (h, r, den), length, normalize, eps)
     if not normalize:
         r.zero_()
         den.fill_(1.0)
@@ -226,13 +155,13 @@ def _matrix_gradients(
     batch, time, heads, dk = q.shape
     dv, pairs, chunks = v.shape[-1], batch * heads, scalars.keep.shape[-1]
     numbers = precision(q.dtype)
-    c_states, n_states, _, _ = _states(k, v, scalars, c0, n0, length, last=False)
+    c_states, n_states, _, _ = states_between(k, v, scalars, c0, n0, length, last=False)
 
     inverse, delta, along = den.reciprocal(), torch.zeros_like(r), torch.zeros_like(r)
     if normalize:
         tile = configurations.tile_of(min(time, 64))
         kernel("mlstm.triton_backward", "rows_kernel")[(pairs * -(-time // tile),)](
-            h, dh, r, den, scalars.floor, inverse, delta, along, time, heads, dv, *_strides(dh),
+            h, dh, r, den, scalars.floor, inverse, delta, along, time, heads, dv, *strides(dh),
             BT=tile, BV=min(64, configurations.tile_of(dv)), **configurations.Tiles().options,
         )  # fmt: skip
 
@@ -242,7 +171,7 @@ def _matrix_gradients(
     dc_states, dn_states = torch.empty_like(c_states), torch.empty_like(n_states)
     kernel("mlstm.triton_backward", "state_gradients_kernel")[grid](
         q, dh, scalars.carry_in, scalars.keep, inverse, delta, c_states, n_states, dc, dn,
-        dc_states, dn_states, flow, dk**-0.5, time, heads, dk, dv, length, chunks, *_strides(q, dh),
+        dc_states, dn_states, flow, dk**-0.5, time, heads, dk, dv, length, chunks, *strides(q, dh),
         NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
         **tiles.options,
     )  # fmt: skip
@@ -253,7 +182,7 @@ def _matrix_gradients(
     kernel("mlstm.triton_backward", "inputs_kernel")[(parts * pairs * chunks,)](
         q, k, v, dh, scalars.rows, scalars.columns, scalars.segment, scalars.carry_in, scalars.to_state,
         inverse, delta, c_states, n_states, dc_states, dn_states, *outputs, outgoing, incoming,
-        -0.5 * math.log2(dk), time, heads, dk, dv, length, chunks, parts, *_strides(q, k, v, dh),
+        -0.5 * math.log2(dk), time, heads, dk, dv, length, chunks, parts, *strides(q, k, v, dh),
         NORMALIZE=normalize, BT=tiles.time, BK=tiles.k, BV=tiles.v, PRECISION=numbers,
         **tiles.options,
     )  # fmt: skip

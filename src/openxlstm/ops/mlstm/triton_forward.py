@@ -1,5 +1,7 @@
 """Triton kernels of the mLSTM forward pass: states between chunks, then all chunks in parallel.
 
+The other schedule, with the state on the chip, is :mod:`triton_resident`.
+
 Notation as in :mod:`openxlstm.ops.mlstm.chunkwise`; derivation and cost model in docs/kernels.md. Gate
 scalars come prepared (:mod:`gates`), chunked (B * H, N, L), so no product is ever rescaled. The exponent
 D_ts = rows_t + columns_s is the difference of large sums: both are float64, and each tile takes its first
@@ -175,72 +177,3 @@ def output_kernel(
         num.to(h.dtype.element_ty),
         mask=valid[:, None] & (in_v < dv)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["time", "length", "chunks", "log2_scale"])
-def resident_kernel(
-    q, k, v,  # (B, T, H, D)
-    rows, columns, segment,  # (B * H, N, L) float64, float64, int32
-    carry_in, to_state,  # (B * H, N, L) float32
-    keep,  # (B * H, N) float32
-    floor,  # (B * H, T) float32: exp(-m)
-    c0, n0,  # (B * H, DK, DV), (B * H, DK) float32
-    h,  # out: (B, T, H, DV), contiguous
-    r_out, den_out,  # out: (B * H, T) float32
-    c_last, n_last,  # out: (B * H, DK, DV), (B * H, DK) float32
-    eps, log2_scale,
-    time, heads, dk, dv, length, chunks,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    NORMALIZE: tl.constexpr, CARRIED: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The whole forward pass of BV value columns of one head, the state never leaving the chip (DK <= BK,
-    L <= BT): no state traffic at all, at the price of walking the chunks in order."""
-    pid_v, pair = tl.program_id(1), tl.program_id(0).to(tl.int64)
-    batch, head = pair // heads, pair % heads
-    q += batch * q_b + head * q_h
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    in_k, in_v, row = tl.arange(0, BK), pid_v * BV + tl.arange(0, BV), tl.arange(0, BT)
-    tile = in_k[:, None] * dv + in_v[None, :]
-    inside = (in_k < dk)[:, None] & (in_v < dv)[None, :]
-    c = tl.load(c0 + pair * dk * dv + tile, mask=inside, other=0.0)
-    n = tl.load(n0 + pair * dk + in_k, mask=in_k < dk, other=0.0)
-    for chunk in range(chunks):
-        at = pair * chunks + chunk
-        here = at * length
-        position = chunk * length + row
-        valid = (row < length) & (position < time)
-        begin = tl.cast(chunk, tl.int64) * length
-        queries = load_rows(q + begin * q_t, row, q_t, in_k, valid, dk)
-        keys = load_rows(k + begin * k_t, row, k_t, in_k, valid, dk)
-        values = load_rows(v + begin * v_t, row, v_t, in_v, valid, dv)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores *= decay_tile(
-            rows + here, columns + here, segment + here, 0, log2_scale, row, row, valid, valid
-        )
-        beta = tl.load(carry_in + here + row, mask=valid, other=0.0) * tl.exp2(log2_scale)
-        num = tl.dot(queries.to(CARRIED), c.to(CARRIED), input_precision=PRECISION) * beta[:, None]
-        num = tl.dot(scores.to(values.dtype), values, num, input_precision=PRECISION)
-        if NORMALIZE:
-            r = tl.sum(scores, 1) + beta * tl.sum(queries.to(tl.float32) * n[None, :], 1)
-            low = tl.load(floor + pair * time + position, mask=valid, other=1.0)
-            den = tl.maximum(tl.abs(r), low) + eps
-            num = num / den[:, None]
-            if pid_v == 0:
-                tl.store(r_out + pair * time + position, r, mask=valid)
-                tl.store(den_out + pair * time + position, den, mask=valid)
-        to = h + ((batch * time + begin) * heads + head) * dv
-        tl.store(
-            to + row[:, None] * (heads * dv) + in_v[None, :],
-            num.to(h.dtype.element_ty),
-            mask=valid[:, None] & (in_v < dv)[None, :],
-        )
-        decay = tl.load(keep + at)
-        weight = tl.load(to_state + here + row, mask=valid, other=0.0)
-        weighted = keys.to(tl.float32) * weight[:, None]
-        c = tl.dot(tl.trans(weighted.to(values.dtype)), values, c * decay, input_precision=PRECISION)
-        n = n * decay + tl.sum(weighted, 0)
-    tl.store(c_last + pair * dk * dv + tile, c, mask=inside)
-    if pid_v == 0:
-        tl.store(n_last + pair * dk + in_k, n, mask=in_k < dk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -39,40 +39,60 @@ def device(poisoned: torch.device) -> Iterator[torch.device]:
 def _guarded(get: Callable[..., Any]) -> Callable[..., Any]:
     """``Kernel.__getitem__`` whose launches run on copies of their tensors with poisoned margins.
 
-    Tensors that share memory share the copy too; results go back to where they belong.
+    Tensors that overlap share a copy; results go back to where they belong.
     """
 
     def __getitem__(kernel: support.Kernel, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
-            tensors = [x for x in arguments if isinstance(x, Tensor)]
-            copies = {_memory(x).data_ptr(): _surrounded(_memory(x)) for x in tensors}
+            blocks = _blocks([x for x in arguments if isinstance(x, Tensor) and x.numel()])
 
             def inside(x: Any) -> Any:
-                if not isinstance(x, Tensor):
-                    return x
-                block = copies[_memory(x).data_ptr()][MARGIN:-MARGIN].view(x.dtype)
-                return block.as_strided(x.shape, x.stride(), block.storage_offset() + x.storage_offset())
+                for block in blocks:
+                    if isinstance(x, Tensor) and x.numel() and x.data_ptr() in block.span:
+                        at = x.data_ptr() - block.span.start
+                        copy = block.copy[MARGIN + at : -MARGIN].view(x.dtype)
+                        return copy.as_strided(x.shape, x.stride(), copy.storage_offset())
+                return x
 
             get(kernel, grid)(*map(inside, arguments), **options)
-            for x in tensors:
-                block = copies[_memory(x).data_ptr()]
-                for margin in (block[:MARGIN], block[-MARGIN:]):
+            for block in blocks:
+                for margin in (block.copy[:MARGIN], block.copy[-MARGIN:]):
                     assert (margin == POISON).all(), f"{kernel.function} writes out of bounds"
-                _memory(x).copy_(block[MARGIN:-MARGIN])
+                block.memory.copy_(block.copy[MARGIN:-MARGIN])
 
         return launch
 
     return __getitem__
 
 
-def _memory(x: Tensor) -> Tensor:
-    """All bytes of the memory that x lies in."""
-    storage = x.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
+class _Block(NamedTuple):
+    """Bytes that overlapping tensors span."""
+
+    span: range
+    """Addresses."""
+    memory: Tensor
+    copy: Tensor
+    """With margins."""
 
 
-def _surrounded(memory: Tensor) -> Tensor:
-    """A copy with margins, the end at a multiple of eight bytes as torch wants it."""
-    block = memory.new_full((memory.numel() + 2 * MARGIN,), POISON)
-    block[MARGIN:-MARGIN] = memory
-    return block
+def _blocks(tensors: list[Tensor]) -> list[_Block]:
+    spans: list[range] = []
+    owners: list[Tensor] = []
+    for x in sorted(tensors, key=Tensor.data_ptr):
+        last = sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
+        end = -(-(x.data_ptr() + (last + 1) * x.itemsize) // 8) * 8  # whole numbers of every type
+        end = min(end, x.untyped_storage().data_ptr() + x.untyped_storage().nbytes())
+        if spans and x.data_ptr() < spans[-1].stop:
+            spans[-1] = range(spans[-1].start, max(end, spans[-1].stop))
+        else:
+            spans.append(range(x.data_ptr(), end))
+            owners.append(x)
+    blocks = []
+    for span, x in zip(spans, owners, strict=True):
+        bytes_ = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+        start = span.start - x.untyped_storage().data_ptr()
+        memory = bytes_[start : start + len(span)]
+        copy = memory.new_full((len(span) + 2 * MARGIN,), POISON)
+        copy[MARGIN:-MARGIN] = memory
+        blocks.append(_Block(span, memory, copy))
+    return blocks

@@ -14,6 +14,6 @@ def product(a, b, out, N: tl.constexpr):
 
 @triton.jit
 def copy(x, out, begin, N: tl.constexpr):
-    """out[begin : begin + N] = x[begin : begin + N], whatever their lengths."""
-    where = begin + tl.arange(0, N)
-    tl.store(out + where, tl.load(x + where))
+    """out[begin : begin + N] = x[:N], whatever their lengths."""
+    where = tl.arange(0, N)
+    tl.store(out + begin + where, tl.load(x + where))

@@ -31,15 +31,15 @@ def test_reads_and_writes_out_of_bounds_show(device):
 
     guarded = support.Kernel(copy)
     x = torch.arange(8.0)
-    out = torch.empty(12)
-    guarded[(1,)](x, out, 0, N=8)
-    assert torch.equal(out[:8], x)
-    assert out[8:].isnan().all()
+    out = torch.empty(32)
     guarded[(1,)](x, out, 4, N=8)
-    assert torch.equal(out[4:8], x[4:])
-    assert out[8:].isnan().all()
+    assert torch.equal(out[4:12], x)
+    assert out[12:].isnan().all()
+    guarded[(1,)](x[2:6], out, 12, N=8)
+    assert torch.equal(out[12:16], x[2:6])
+    assert out[16:].isnan().all()
     for begin in (6, -2):
         with pytest.raises(AssertionError, match="writes out of bounds"):
-            guarded[(1,)](torch.zeros(24)[8:], x, begin, N=4)
+            guarded[(1,)](out, x, begin, N=4)
     guarded[(1,)](x[2:], x, 0, N=4)
     assert x.tolist() == [2, 3, 4, 5, 4, 5, 6, 7]

@@ -75,27 +75,26 @@ _FLOAT32 = MLSTM(
     backward_chunk=32,
     states=Tiles(time=32, stages=1),
     output=Tiles(time=32, rows=32, k=32, stages=1),
-    state_gradients=Tiles(time=32, stages=1),
+    state_gradients=Tiles(time=32),
     inputs=Tiles(time=32, k=32, v=32, stages=1),
     scores=Tiles(time=32, k=32, stages=1),
-    resident=Tiles(time=32, k=64, v=32, stages=1),
+    resident=Tiles(time=32, k=64, v=32, warps=8, stages=1),
 )
+_FLOAT16 = MLSTM(inputs=Tiles(v=32, warps=8), resident=Tiles(k=64, warps=8))  # its states are float32
+_TWO_WARP_GROUPS = Tiles(rows=128, v=128, warps=8, stages=3)
 
 MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
     ("default", "bfloat16"): MLSTM(resident=Tiles(k=128, warps=8)),  # 99 KB of shared memory is all some have
-    ("default", "float16"): MLSTM(resident=Tiles(k=64, warps=8)),
+    ("default", "float16"): _FLOAT16,
     ("default", "float32"): _FLOAT32,
     ("sm_80", "bfloat16"): MLSTM(),
-    ("sm_90", "bfloat16"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
-    ("sm_90", "float16"): MLSTM(
-        output=Tiles(rows=128, v=128, warps=8, stages=3), resident=Tiles(k=64, warps=8)
-    ),
-    ("sm_100", "bfloat16"): MLSTM(output=Tiles(rows=128, v=128, warps=8, stages=3)),
-    ("sm_100", "float16"): MLSTM(
-        output=Tiles(rows=128, v=128, warps=8, stages=3), resident=Tiles(k=64, warps=8)
-    ),
+    ("sm_90", "bfloat16"): MLSTM(output=_TWO_WARP_GROUPS),
+    ("sm_90", "float16"): replace(_FLOAT16, output=_TWO_WARP_GROUPS),
+    ("sm_100", "bfloat16"): MLSTM(output=_TWO_WARP_GROUPS),
+    ("sm_100", "float16"): replace(_FLOAT16, output=_TWO_WARP_GROUPS, resident=Tiles(k=64)),
+    ("sm_100", "float32"): replace(_FLOAT32, output=Tiles(time=32, rows=32, k=16, stages=1)),
     ("gfx942", "bfloat16"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
-    ("gfx942", "float16"): MLSTM(resident=Tiles(k=64, warps=8, stages=1)),
+    ("gfx942", "float16"): replace(_FLOAT16, resident=Tiles(k=64, warps=8, stages=1)),
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openxlstm.ops.mlstm.triton_forward import decay_tile, load_rows
+from openxlstm.ops.mlstm.triton_forward import decay_tile, existing, load_rows
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -40,11 +40,12 @@ def rows_kernel(
     begin = (pid % tiles).to(tl.int64) * BT
     h += ((batch * time + begin) * heads + head) * dv
     dh += batch * d_b + begin * d_t + head * d_h
+    loaded = tl.minimum(row, time - (pid % tiles) * BT - 1)
     total = tl.zeros((BT,), tl.float32)
     for v0 in range(0, dv, BV):
         in_v = v0 + tl.arange(0, BV)
-        a = load_rows(h, row, heads * dv, in_v, valid, dv)
-        b = load_rows(dh, row, d_t, in_v, valid, dv)
+        a = load_rows(h, loaded, heads * dv, in_v, dv)
+        b = load_rows(dh, loaded, d_t, in_v, dv)
         total += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     at = pair * time + position
     value = tl.load(r + at, mask=valid, other=0.0)
@@ -97,9 +98,10 @@ def state_gradients_kernel(
             valid = (here < length) & (position < time)
             weight = tl.load(carry_in + at * length + here, mask=valid, other=0.0) * scale
             weight *= tl.load(inverse + pair * time + position, mask=valid, other=0.0)
-            weighted = load_rows(q + begin * q_t, here, q_t, in_k, valid, dk)
+            loaded = existing(here, chunk, length, time)
+            weighted = load_rows(q + begin * q_t, loaded, q_t, in_k, dk)
             weighted = weighted.to(tl.float32) * weight[:, None]
-            outer = load_rows(dh + begin * d_t, here, d_t, in_v, valid, dv).to(c_states.dtype.element_ty)
+            outer = load_rows(dh + begin * d_t, loaded, d_t, in_v, dv).to(c_states.dtype.element_ty)
             grad = tl.dot(tl.trans(weighted.to(outer.dtype)), outer, grad, input_precision=PRECISION)
             if NORMALIZE:
                 error = tl.load(delta + pair * time + position, mask=valid, other=0.0)
@@ -152,18 +154,19 @@ def inputs_kernel(
     row = tl.arange(0, BT)
     position = chunk * length + row
     valid = (row < length) & (position < time)
+    loaded = existing(row, chunk, length, time)
 
     scores = tl.zeros((BT, BT), tl.float32)
     for k0 in range(0, dk, BK):
         in_k = k0 + tl.arange(0, BK)
-        queries = load_rows(q, row, q_t, in_k, valid, dk)
-        keys = load_rows(k, row, k_t, in_k, valid, dk)
+        queries = load_rows(q, loaded, q_t, in_k, dk)
+        keys = load_rows(k, loaded, k_t, in_k, dk)
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
     d_scores = tl.zeros((BT, BT), tl.float32)
     for v0 in range(0, dv, BV):
         in_v = v0 + tl.arange(0, BV)
-        grads = load_rows(dh, row, d_t, in_v, valid, dv)
-        values = load_rows(v, row, v_t, in_v, valid, dv)
+        grads = load_rows(dh, loaded, d_t, in_v, dv)
+        values = load_rows(v, loaded, v_t, in_v, dv)
         d_scores = tl.dot(grads, tl.trans(values), d_scores, input_precision=PRECISION)
 
     here = at * length
@@ -186,32 +189,36 @@ def inputs_kernel(
     into = tl.zeros((BT,), tl.float32)
     for k0 in range(part * BK, dk, parts * BK):
         in_k = k0 + tl.arange(0, BK)
-        carried_q = tl.zeros((BT, BK), tl.float32)
-        carried_k = tl.zeros((BT, BK), tl.float32)
-        for v0 in range(0, dv, BV):
-            in_v = v0 + tl.arange(0, BV)
-            c = load_rows(c_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
-            grads = load_rows(dh, row, d_t, in_v, valid, dv).to(carried_type)
-            carried_q = tl.dot(grads, tl.trans(c), carried_q, input_precision=PRECISION)
-            dc = load_rows(dc_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
-            values = load_rows(v, row, v_t, in_v, valid, dv).to(carried_type)
-            carried_k = tl.dot(values, tl.trans(dc), carried_k, input_precision=PRECISION)
-        dn = tl.load(dn_states + at * dk + in_k, mask=in_k < dk, other=0.0)
-        carried_k = (carried_k + dn[None, :]) * alpha[:, None]
-        if NORMALIZE:
-            n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
-            carried_q -= error[:, None] * n[None, :]
-        carried_q *= beta[:, None]
-        queries = load_rows(q, row, q_t, in_k, valid, dk)
-        keys = load_rows(k, row, k_t, in_k, valid, dk)
-        carried_q = tl.dot(d_scores, keys.to(carried_type), carried_q, input_precision=PRECISION)
-        carried_k = tl.dot(tl.trans(d_scores), queries.to(carried_type), carried_k, input_precision=PRECISION)
-        out += tl.sum(carried_q * queries.to(tl.float32), 1)
-        into += tl.sum(carried_k * keys.to(tl.float32), 1)
         there = row[:, None] * (heads * dk) + in_k[None, :]
         inside = valid[:, None] & (in_k < dk)[None, :]
-        tl.store(dq + there, carried_q.to(dq.dtype.element_ty), mask=inside)
-        tl.store(dk_out + there, carried_k.to(dk_out.dtype.element_ty), mask=inside)
+        carried = tl.zeros((BT, BK), tl.float32)
+        for v0 in range(0, dv, BV):
+            in_v = v0 + tl.arange(0, BV)
+            c = load_rows(c_states + at * dk * dv, tl.minimum(in_k, dk - 1), dv, in_v, dv)
+            grads = load_rows(dh, loaded, d_t, in_v, dv).to(carried_type)
+            carried = tl.dot(grads, tl.trans(c), carried, input_precision=PRECISION)
+        if NORMALIZE:
+            n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
+            carried -= error[:, None] * n[None, :]
+        carried *= beta[:, None]
+        queries = load_rows(q, loaded, q_t, in_k, dk)
+        keys = load_rows(k, loaded, k_t, in_k, dk)
+        carried = tl.dot(d_scores, keys.to(carried_type), carried, input_precision=PRECISION)
+        out += tl.sum(carried * queries.to(tl.float32), 1)
+        tl.store(dq + there, carried.to(dq.dtype.element_ty), mask=inside)
+        carried = tl.zeros((BT, BK), tl.float32)
+        for v0 in range(0, dv, BV):
+            in_v = v0 + tl.arange(0, BV)
+            dc = load_rows(dc_states + at * dk * dv, tl.minimum(in_k, dk - 1), dv, in_v, dv)
+            values = load_rows(v, loaded, v_t, in_v, dv).to(carried_type)
+            carried = tl.dot(values, tl.trans(dc), carried, input_precision=PRECISION)
+        dn = tl.load(dn_states + at * dk + in_k, mask=in_k < dk, other=0.0)
+        carried = (carried + dn[None, :]) * alpha[:, None]
+        queries = load_rows(q, loaded, q_t, in_k, dk)
+        keys = load_rows(k, loaded, k_t, in_k, dk)
+        carried = tl.dot(tl.trans(d_scores), queries.to(carried_type), carried, input_precision=PRECISION)
+        into += tl.sum(carried * keys.to(tl.float32), 1)
+        tl.store(dk_out + there, carried.to(dk_out.dtype.element_ty), mask=inside)
     side = (part * (tl.num_programs(0) // parts) + at) * length + row
     tl.store(outgoing + side, out, mask=row < length)
     tl.store(incoming + side, into, mask=row < length)
@@ -221,10 +228,10 @@ def inputs_kernel(
         total = tl.zeros((BT, BV), tl.float32)
         for k0 in range(0, dk, BK):
             in_k = k0 + tl.arange(0, BK)
-            keys = load_rows(k, row, k_t, in_k, valid, dk).to(tl.float32) * alpha[:, None]
-            dc = load_rows(dc_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
+            keys = load_rows(k, loaded, k_t, in_k, dk).to(tl.float32) * alpha[:, None]
+            dc = load_rows(dc_states + at * dk * dv, tl.minimum(in_k, dk - 1), dv, in_v, dv)
             total = tl.dot(keys.to(carried_type), dc, total, input_precision=PRECISION)
-        grads = load_rows(dh, row, d_t, in_v, valid, dv)
+        grads = load_rows(dh, loaded, d_t, in_v, dv)
         total = tl.dot(tl.trans(scores), grads, total, input_precision=PRECISION)
         tl.store(
             dv_out + row[:, None] * (heads * dv) + in_v[None, :],

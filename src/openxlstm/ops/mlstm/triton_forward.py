@@ -21,14 +21,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(pointer, row, stride, columns, valid, extent):
-    """A tile x[row, columns], zero where a row is not valid or a column not below ``extent``.
+def load_rows(pointer, row, stride, columns, extent):
+    """A tile x[row, columns], zero where a column is not below ``extent``.
 
-    Offsets in a tile are 32 bits wide, which halves the registers that hold them: callers advance the pointer
-    to the chunk.
+    Every row must exist: callers repeat the last one where a tile goes beyond (:func:`existing`) and give the
+    repetition no weight. A mask of rows would cost more registers than there are. Offsets in a tile are 32
+    bits wide, which halves the registers that hold them: callers advance the pointer to the chunk.
     """
     where = row[:, None] * stride + columns[None, :]
-    return tl.load(pointer + where, mask=valid[:, None] & (columns < extent)[None, :], other=0.0)
+    return tl.load(pointer + where, mask=(columns < extent)[None, :], other=0.0)
+
+
+@triton.jit
+def existing(row, chunk, length, time):
+    """The row of a chunk, or its last one where there is no such row."""
+    return tl.minimum(row, tl.minimum(length, time - chunk * length) - 1)
 
 
 @triton.jit
@@ -86,9 +93,10 @@ def states_kernel(
             position = chunk * length + here
             valid = (here < length) & (position < time)
             weight = tl.load(to_state + at * length + here, mask=valid, other=0.0)
-            weighted = load_rows(k + begin * k_t, here, k_t, in_k, valid, dk)
+            loaded = existing(here, chunk, length, time)
+            weighted = load_rows(k + begin * k_t, loaded, k_t, in_k, dk)
             weighted = weighted.to(tl.float32) * weight[:, None]
-            values = load_rows(v + begin * v_t, here, v_t, in_v, valid, dv)
+            values = load_rows(v + begin * v_t, loaded, v_t, in_v, dv)
             c = tl.dot(tl.trans(weighted.to(values.dtype)), values, c, input_precision=PRECISION)
             n += tl.sum(weighted, 0)
     if STORE_LAST:
@@ -112,7 +120,7 @@ def output_kernel(
     NORMALIZE: tl.constexpr,
     BQ: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h of one tile of rows and value columns: (A V + s beta Q C) / den, tile by tile of columns."""
+    """h of one tile of rows and value columns: (s beta Q C + A V) / den, tile by tile of columns."""
     tiles_v, tiles_q = tl.cdiv(dv, BV), tl.cdiv(length, BQ)
     pid = tl.program_id(0)
     pid_v, pid_q = pid % tiles_v, (pid // tiles_v) % tiles_q
@@ -135,36 +143,36 @@ def output_kernel(
     columns += at * length
     segment += at * length
 
+    loaded = existing(row, chunk, length, time)
     num = tl.zeros((BQ, BV), tl.float32)
     r = tl.zeros((BQ,), tl.float32)
+    for k0 in range(0, dk, BK):
+        in_k = k0 + tl.arange(0, BK)
+        queries = load_rows(q, loaded, q_t, in_k, dk)
+        c = load_rows(c_states + at * dk * dv, tl.minimum(in_k, dk - 1), dv, in_v, dv)
+        num = tl.dot(queries.to(c.dtype), c, num, input_precision=PRECISION)
+        if NORMALIZE:
+            n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
+            r += tl.sum(queries.to(tl.float32) * n[None, :], 1)
+    beta = tl.load(carry_in + at * length + row, mask=valid, other=0.0) * tl.exp2(log2_scale)
+    num *= beta[:, None]
+    r *= beta
     for start in range(0, min(first + BQ, length), BT):
         column = start + tl.arange(0, BT)
         column_valid = (column < length) & (chunk * length + column < time)
+        column_loaded = existing(column, chunk, length, time)
         scores = tl.zeros((BQ, BT), tl.float32)
         for k0 in range(0, dk, BK):
             in_k = k0 + tl.arange(0, BK)
-            queries = load_rows(q, row, q_t, in_k, valid, dk)
-            keys = load_rows(k, column, k_t, in_k, column_valid, dk)
+            queries = load_rows(q, loaded, q_t, in_k, dk)
+            keys = load_rows(k, column_loaded, k_t, in_k, dk)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         scores *= decay_tile(rows, columns, segment, first, log2_scale, row, column, valid, column_valid)
         r += tl.sum(scores, 1)
-        values = load_rows(v, column, v_t, in_v, column_valid, dv)
+        values = load_rows(v, column_loaded, v_t, in_v, dv)
         num = tl.dot(scores.to(values.dtype), values, num, input_precision=PRECISION)
 
-    carried = tl.zeros((BQ, BV), tl.float32)
-    r_carried = tl.zeros((BQ,), tl.float32)
-    for k0 in range(0, dk, BK):
-        in_k = k0 + tl.arange(0, BK)
-        queries = load_rows(q, row, q_t, in_k, valid, dk)
-        c = load_rows(c_states + at * dk * dv, in_k, dv, in_v, in_k < dk, dv)
-        carried = tl.dot(queries.to(c.dtype), c, carried, input_precision=PRECISION)
-        if NORMALIZE:
-            n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
-            r_carried += tl.sum(queries.to(tl.float32) * n[None, :], 1)
-    beta = tl.load(carry_in + at * length + row, mask=valid, other=0.0) * tl.exp2(log2_scale)
-    num += beta[:, None] * carried
     if NORMALIZE:
-        r += beta * r_carried
         low = tl.load(floor + pair * time + position, mask=valid, other=1.0)
         den = tl.maximum(tl.abs(r), low) + eps
         num = num / den[:, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openxlstm.ops.mlstm.triton_forward import decay_tile, load_rows
+from openxlstm.ops.mlstm.triton_forward import decay_tile, existing, load_rows
 
 
 @triton.jit(do_not_specialize=["time", "length", "chunks"])
@@ -34,7 +34,8 @@ def vectors_kernel(
     for chunk in tl.range(chunks, num_stages=3):
         at = pair * chunks + chunk
         valid = (row < length) & (chunk * length + row < time)
-        keys = load_rows(k + tl.cast(chunk, tl.int64) * length * k_t, row, k_t, in_k, valid, dk)
+        loaded = existing(row, chunk, length, time)
+        keys = load_rows(k + tl.cast(chunk, tl.int64) * length * k_t, loaded, k_t, in_k, dk)
         weight = tl.load(to_state + at * length + row, mask=valid, other=0.0)
         tl.store(n_states + at * dk + in_k, n, mask=in_k < dk)
         n = n * tl.load(keep + at) + tl.sum(keys.to(tl.float32) * weight[:, None], 0)
@@ -64,12 +65,13 @@ def scores_kernel(
     row = tl.arange(0, BT)
     position = chunk * length + row
     valid = (row < length) & (position < time)
+    loaded = existing(row, chunk, length, time)
     scores = tl.zeros((BT, BT), tl.float32)
     carried = tl.zeros((BT,), tl.float32)
     for k0 in range(0, dk, BK):
         in_k = k0 + tl.arange(0, BK)
-        queries = load_rows(q, row, q_t, in_k, valid, dk)
-        keys = load_rows(k, row, k_t, in_k, valid, dk)
+        queries = load_rows(q, loaded, q_t, in_k, dk)
+        keys = load_rows(k, loaded, k_t, in_k, dk)
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         if NORMALIZE:
             n = tl.load(n_states + at * dk + in_k, mask=in_k < dk, other=0.0)
@@ -84,14 +86,6 @@ def scores_kernel(
         den = tl.maximum(tl.abs(r), tl.load(floor + pair * time + position, mask=valid, other=1.0)) + eps
         tl.store(r_out + pair * time + position, r, mask=valid)
         tl.store(den_out + pair * time + position, den, mask=valid)
-
-
-@triton.jit
-def load_clamped(pointer, row, stride, columns, extent):
-    """A tile x[row, columns], zero where a column is not below ``extent``. No mask of rows, whose flags would
-    cost registers: the caller repeats the last valid row where there is none, and gives it no weight."""
-    where = row[:, None] * stride + columns[None, :]
-    return tl.load(pointer + where, mask=(columns < extent)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["time", "length", "chunks", "scale"])
@@ -125,12 +119,12 @@ def resident_kernel(
         at = pair * chunks + chunk
         position = chunk * length + row
         valid = (row < length) & (position < time)
-        clamped = tl.minimum(row, tl.minimum(length, time - chunk * length) - 1)
+        loaded = existing(row, chunk, length, time)
         begin = tl.cast(chunk, tl.int64) * length
-        queries = load_clamped(q + begin * q_t, clamped, q_t, in_k, dk)
+        queries = load_rows(q + begin * q_t, loaded, q_t, in_k, dk)
         num = tl.dot(c.to(CARRIED), tl.trans(queries.to(CARRIED)), input_precision=PRECISION)
         num *= (tl.load(carry_in + at * length + row, mask=valid, other=0.0) * scale)[None, :]
-        values = load_clamped(v + begin * v_t, clamped, v_t, in_v, dv)
+        values = load_rows(v + begin * v_t, loaded, v_t, in_v, dv)
         weights = tl.load(scores + at * (BT * BT) + (row[:, None] * BT + row[None, :]))
         num = tl.dot(tl.trans(values), tl.trans(weights), num, input_precision=PRECISION)
         if NORMALIZE:
@@ -142,8 +136,8 @@ def resident_kernel(
             mask=valid[:, None] & (in_v < dv)[None, :],
         )
         weight = tl.load(to_state + at * length + row, mask=valid, other=0.0)
-        values = load_clamped(v + begin * v_t, clamped, v_t, in_v, dv)  # again: holding them spills
+        values = load_rows(v + begin * v_t, loaded, v_t, in_v, dv)  # again: holding them spills
         weighted = (values.to(tl.float32) * weight[:, None]).to(v.dtype.element_ty)
-        keys = load_clamped(k + begin * k_t, clamped, k_t, in_k, dk)
+        keys = load_rows(k + begin * k_t, loaded, k_t, in_k, dk)
         c = tl.dot(tl.trans(weighted), keys, c * tl.load(keep + at), input_precision=PRECISION)
     tl.store(c_last + pair * dk * dv + tile, c, mask=inside)

@@ -48,16 +48,15 @@ def log_sigmoid(x):
 
 @triton.jit
 def load_inputs(x, stride, inside, CELL: tl.constexpr):
-    """The input tiles of one position, by slot; zeros for slots without input (the GRU's g)."""
+    """The input tiles of one position, by slot, as they are; zeros for slots without input (the GRU's g)."""
+    a = tl.load(x, mask=inside, other=0.0)
     if CELL == ELMAN:
-        a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         return a, a, a, a
-    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + stride, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(x + 2 * stride, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + stride, mask=inside, other=0.0)
+    c = tl.load(x + 2 * stride, mask=inside, other=0.0)
     if CELL == GRU:
-        return a * 0.0, a, b, c
-    return a, b, c, tl.load(x + 3 * stride, mask=inside, other=0.0).to(tl.float32)
+        return tl.zeros_like(a), a, b, c
+    return a, b, c, tl.load(x + 3 * stride, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -65,7 +64,9 @@ def load_matrix(weight, d, row, column, ROW_STEP: tl.constexpr, dtype: tl.conste
     """A square matrix as a tile: its rows (ROW_STEP) or its columns along the tile's rows."""
     where = row[:, None] * d + column[None, :] if ROW_STEP else column[None, :] * d + row[:, None]
     inside = (row < d)[:, None] & (column < d)[None, :]
-    return tl.load(weight + where, mask=inside, other=0.0).to(dtype)
+    matrix = tl.load(weight + where, mask=inside, other=0.0).to(dtype)
+    tl.debug_barrier()  # one matrix at a time: all at once take more registers than there are
+    return matrix
 
 
 @triton.jit(do_not_specialize=["begin", "end", "time", "batch", "floor"])
@@ -142,12 +143,12 @@ def forward_kernel(
             m = tl.where(drop, 0.0, m)
         if FUSED:
             operand = h.to(PRODUCT)
-            p0 = a0 + b0[None, :]
+            p0 = a0.to(tl.float32) + b0[None, :]
             p0 = tl.dot(operand, r0, p0, input_precision=PRECISION)
             if CELL != ELMAN:
-                p1 = a1 + b1[None, :]
-                p2 = a2 + b2[None, :]
-                p3 = a3 + b3[None, :]
+                p1 = a1.to(tl.float32) + b1[None, :]
+                p2 = a2.to(tl.float32) + b2[None, :]
+                p3 = a3.to(tl.float32) + b3[None, :]
                 p1 = tl.dot(operand, r1, p1, input_precision=PRECISION)
                 p2 = tl.dot(operand, r2, p2, input_precision=PRECISION)
             if CELL <= LSTM:

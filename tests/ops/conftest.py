@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,11 +40,18 @@ def device(poisoned: torch.device) -> Iterator[torch.device]:
 def _guarded(get: Callable[..., Any]) -> Callable[..., Any]:
     """``Kernel.__getitem__`` whose launches run on copies of their tensors with poisoned margins.
 
-    Tensors that overlap share a copy; results go back to where they belong.
+    Tensors that overlap share a copy; results go back to where they belong. Of many launches that differ by
+    contents alone the first few are guarded.
     """
+    seen: Counter[str] = Counter()
 
     def __getitem__(kernel: support.Kernel, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
+            kind = [(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in arguments]
+            seen[key := f"{kernel.function} {grid} {kind} {options}"] += 1
+            if seen[key] > 3:
+                get(kernel, grid)(*arguments, **options)
+                return
             blocks = _blocks([x for x in arguments if isinstance(x, Tensor) and x.numel()])
 
             def inside(x: Any) -> Any:

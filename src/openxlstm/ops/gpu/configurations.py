@@ -88,6 +88,7 @@ MLSTM_TABLE: dict[tuple[str, str], MLSTM] = {
     ("default", "float16"): _FLOAT16,
     ("default", "float32"): _FLOAT32,
     ("sm_80", "bfloat16"): MLSTM(),
+    ("sm_80", "float32"): replace(_FLOAT32, state_gradients=Tiles(time=32, stages=1)),
     ("sm_90", "bfloat16"): MLSTM(output=_TWO_WARP_GROUPS),
     ("sm_90", "float16"): replace(_FLOAT16, output=_TWO_WARP_GROUPS),
     ("sm_100", "bfloat16"): MLSTM(output=_TWO_WARP_GROUPS),

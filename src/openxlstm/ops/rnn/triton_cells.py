@@ -65,7 +65,8 @@ def load_matrix(weight, d, row, column, ROW_STEP: tl.constexpr, dtype: tl.conste
     where = row[:, None] * d + column[None, :] if ROW_STEP else column[None, :] * d + row[:, None]
     inside = (row < d)[:, None] & (column < d)[None, :]
     matrix = tl.load(weight + where, mask=inside, other=0.0).to(dtype)
-    tl.debug_barrier()  # one matrix at a time: all at once take more registers than there are
+    if matrix.shape[0] > 64:  # one matrix at a time: all at once take more registers than there are
+        tl.debug_barrier()
     return matrix
 
 

@@ -99,8 +99,26 @@ def timings(section: str, sizes: Sizes, rates: dict[str, Any]) -> list[dict[str,
             {"kind": "time_decode", "config": sizes.decode},
             {"kind": "time_block", "config": sizes.train},
         ],
+        "tiles": [
+            {"kind": kind, "shape": list(shape), **rest}
+            for kind, rest in (
+                ("time_kernels", {}),
+                *(("time_tiles", {"field": field}) for field in CANDIDATES),
+            )
+            for shape in sizes.mlstm[:2]
+        ],
     }
     return [{**job, "rates": rates, "repeats": sizes.repeats} for job in jobs[section]]
+
+
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "resident": [{"warps": 4}, {"time": 32}, {"time": 32, "stages": 3}, {"v": 32}, {"stages": 1}],
+    "output": [{"stages": 2}, {"stages": 4}, {"k": 128}, {"k": 32}, {"rows": 64}, {"v": 64}],
+    "states": [{"v": 128, "warps": 8}, {"k": 128, "warps": 8}, {"stages": 3}, {"time": 32, "stages": 4}],
+    "inputs": [{"v": 128}, {"k": 32}, {"stages": 3}, {"k": 128, "v": 32}],
+    "state_gradients": [{"v": 128, "warps": 8}, {"k": 128, "warps": 8}, {"stages": 3}],
+}
+"""Changes to the shipped tiles of bfloat16 that may be faster."""
 
 
 def say(**event: Any) -> None:
@@ -224,6 +242,10 @@ def milliseconds(call: Call) -> float:
 
 def measure(calls: dict[str, Call], repeats: int) -> dict[str, float]:
     """Median milliseconds of each call, interleaved, L2 flushed before each."""
+    if repeats == 0:  # compile only
+        for call in calls.values():
+            call()
+        return {}
     flush = torch.empty((256 << 20) if GPU else 1, dtype=torch.int8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
@@ -360,6 +382,62 @@ def time_mlstm(job: dict[str, Any]) -> Rows:
         }  # fmt: skip
 
 
+def time_kernels(job: dict[str, Any]) -> Rows:
+    """Each kernel of one forward and backward."""
+    calls = forward_and_backward(lambda *x: mlstm(*x, backend="triton"), mlstm_inputs(*job["shape"]))
+    if not (GPU and job["repeats"]):
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            calls["forward+backward"]()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:14]:
+        yield {
+            "shape": f"kernels of mlstm {job['shape']}", "what": f"{event.key[:40]} x {event.count // 5}",
+            "ms": event.self_device_time_total / 5e3,
+        }  # fmt: skip
+
+
+def time_tiles(job: dict[str, Any]) -> Rows:
+    """The shipped tiles of one kernel and others, by the time of the whole pass that it belongs to."""
+    from openxlstm.ops.gpu import configurations
+
+    field, inputs = job["field"], mlstm_inputs(*job["shape"])
+    shipped = configurations.mlstm(inputs[0].device, inputs[0].dtype)
+    backward = field in ("inputs", "state_gradients")
+
+    def variant(change: dict[str, int]) -> Callable[[], dict[str, Call]]:
+        tiles = dataclasses.replace(getattr(shipped, field), **change)
+        config = dataclasses.replace(shipped, **{field: tiles})
+
+        def both() -> dict[str, Call]:
+            configurations.mlstm = lambda *_: config
+            pair = forward_and_backward(lambda *x: mlstm(*x, backend="triton"), inputs)
+            call = pair["forward+backward" if backward else "forward"]
+
+            def run() -> None:
+                configurations.mlstm = lambda *_: config
+                call()
+
+            return {"backward" if backward else "forward": run}
+
+        return both
+
+    pairs = job["shape"][0] * job["shape"][2]
+    if field == "resident" and not configurations.resident(
+        shipped, inputs[0].device, pairs, *job["shape"][3:]
+    ):
+        return
+    changes = CANDIDATES[field] if GPU else CANDIDATES[field][:1]
+    named = {" ".join(f"{k}={v}" for k, v in change.items()): change for change in changes}
+    variants = {
+        f"{field}: {name or 'shipped'}": variant(change) for name, change in {"": {}, **named}.items()
+    }
+    for label, ms in measure(prepared(variants, job), job["repeats"]).items():
+        yield {"shape": f"tiles of mlstm {job['shape']}", "what": label, "field": field, "ms": ms}
+
+
 def graphed(call: Call) -> Call:
     """A CUDA graph of ``call``."""
     from openxlstm.inference.graph_engine import record
@@ -469,8 +547,8 @@ def time_block(job: dict[str, Any]) -> Rows:
 KINDS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     f.__name__: f
     for f in (
-        check_mlstm, check_rnn, check_determinism, machine, time_mlstm, time_step, time_rnn, time_decode,
-        time_block,
+        check_mlstm, check_rnn, check_determinism, machine, time_mlstm, time_kernels, time_tiles, time_step,
+        time_rnn, time_decode, time_block,
     )
 }  # fmt: skip
 

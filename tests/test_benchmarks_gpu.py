@@ -69,6 +69,45 @@ def test_every_section_has_jobs_that_exist(gpu):
         json.dumps(jobs)
 
 
+def test_the_most_important_of_every_section_comes_first(gpu):
+    jobs = gpu.in_turn(["mlstm", "rnn"], gpu.gpu_jobs.Sizes.full(quick=False), {})
+    assert [job["section"] for job in jobs[:5]] == ["mlstm", "rnn", "mlstm", "rnn", "mlstm"]
+    assert jobs[0]["shape"][:2] == [8, 8192]
+    assert len(jobs) == 9 + 7
+
+
+def test_wrong_results_and_slow_checks_do_not_cost_the_timings(gpu, tmp_path, monkeypatch, capsys):
+    """They are named, and later jobs have been run once beside them, without leaving rows."""
+    (tmp_path / "gpu_jobs.py").write_text(
+        "import json, sys\njob = json.loads(sys.argv[1])\n"
+        "row = {'what': job['kind'], 'values': 1.0, 'good': job['kind'] == 'fine'}\n"
+        "open(f'{sys.path[0]}/ran', 'a').write(f\"{job['kind']} {job.get('repeats')};\")\n"
+        "print(json.dumps({'row': row}))\n"
+    )
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    run = gpu.Run(tmp_path / "report.json", 1.0, {})
+    later = [{"kind": "timed", "repeats": 15}]
+    assert not gpu.side_by_side(run, [{"kind": "fine"}, {"kind": "bad"}], later)
+    assert "correctness: 1 of 2 within tolerance" in capsys.readouterr().out
+    assert set((tmp_path / "ran").read_text().split(";")) == {"fine None", "bad None", "timed 0", ""}
+    assert list(run.report) == ["correctness"]
+    run.reserved = 100.0
+    assert run.job("correctness", {"kind": "fine"})[0]["left out"] == "no time left"
+
+
+def test_the_end_says_what_is_missed_and_what_to_tune(gpu, capsys):
+    shape, what = next(iter(gpu.TARGETS))
+    tiles = [
+        {"shape": "s", "field": "output", "what": f"output: {name}", "ms": ms}
+        for name, ms in (("shipped", 2.0), ("k=32", 1.5), ("v=64", 1.9))
+    ]
+    gpu.conclude({"mlstm": [{"shape": shape, "what": what, "ms": 1.25}], "tiles": tiles})
+    said = capsys.readouterr().out
+    assert "1.250 ms  target 1.0 ms: MISSED" in said
+    assert said.count("not measured") == len(gpu.TARGETS) - 1
+    assert "tune output: k=32 takes 1.500 ms, shipped 2.000 ms" in said
+
+
 def test_a_variant_that_cannot_run_is_a_line(gpu, capsys):
     def broken() -> Any:
         raise ImportError("no such kernel\nand more")

@@ -31,7 +31,7 @@ def vectors_kernel(
     k += pair // heads * k_b + pair % heads * k_h
     in_k, row = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, BT)
     n = tl.load(n0 + pair * dk + in_k, mask=in_k < dk, other=0.0)
-    for chunk in tl.range(chunks, num_stages=3):
+    for chunk in tl.range(chunks, num_stages=3):  # pyright: ignore[reportGeneralTypeIssues]
         at = pair * chunks + chunk
         valid = (row < length) & (chunk * length + row < time)
         loaded = existing(row, chunk, length, time)

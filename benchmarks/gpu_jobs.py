@@ -424,10 +424,9 @@ def time_tiles(job: dict[str, Any]) -> Rows:
 
         return both
 
-    pairs = job["shape"][0] * job["shape"][2]
-    if field == "resident" and not configurations.resident(
-        shipped, inputs[0].device, pairs, *job["shape"][3:]
-    ):
+    batch, _, heads, *dims = job["shape"]
+    resident = configurations.resident(shipped, inputs[0].device, batch * heads, *dims)
+    if not backward and (field == "resident") != resident:  # the other schedule runs
         return
     changes = CANDIDATES[field] if GPU else CANDIDATES[field][:1]
     named = {" ".join(f"{k}={v}" for k, v in change.items()): change for change in changes}

@@ -83,6 +83,17 @@ def test_fullgraph_compilation(triton_model, tokens, expected, rel_error):
     assert_close(gradients(triton_model, tokens, compiled), expected, rel_error)
 
 
+def test_fullgraph_prefill(triton_model, tokens):
+    """A prompt, then its state goes on, in one graph each."""
+    compiled = torch.compile(triton_model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected, state = triton_model(tokens, return_state=True)
+        logits, held = compiled(tokens, return_state=True)
+        torch.testing.assert_close(logits, expected)
+        expected, _ = triton_model(tokens, state, return_state=True)
+        torch.testing.assert_close(compiled(tokens, held, return_state=True)[0], expected)
+
+
 def test_fsdp2(triton_model, tokens, expected, rel_error, tmp_path):
     """Sharded parameters, in a group of one process."""
     import torch.distributed as dist

@@ -25,12 +25,15 @@ inline bool occupied(const float *state, int64_t floats) {
 }
 
 // Rows that are read next, fetched a few lines at a time while the core is busy with products: more at once would stall it.
+// The rows of a group are fetched side by side, because each begins in a page of its own: the processor looks up several
+// pages at once, but waits for the last of them.
 struct Ahead {
+    static constexpr int64_t GROUP = 8;
     struct Rows {
         const char *at;
         int64_t stride, bytes, rows;
     } queue[5];
-    int64_t count = 0, taken = 0, line = 0, lines = 0, each = 0;
+    int64_t count = 0, taken = 0, row = 0, line = 0, lines = 0, each = 0;
 
     void add(const char *at, int64_t stride, int64_t bytes, int64_t rows) {
         queue[count++] = {at, stride, bytes, rows};
@@ -41,11 +44,13 @@ struct Ahead {
     OXL_INLINE void fetch() {
         for (int64_t n = 0; n < each && taken < count; ++n) {
             Rows &x = queue[taken];
-            __builtin_prefetch(x.at + line, 0, 1);
-            line += 64;
+            const int64_t group = x.rows < GROUP ? x.rows : GROUP;
+            __builtin_prefetch(x.at + row * x.stride + line, 0, 1);
+            if (++row < group) continue;
+            row = 0, line += 64;
             if (line < x.bytes) continue;
-            line = 0, x.at += x.stride;
-            if (--x.rows == 0) ++taken;
+            line = 0, x.at += group * x.stride;
+            if ((x.rows -= group) == 0) ++taken;
         }
     }
 };

@@ -1,12 +1,13 @@
 // The C interface: which instruction sets there are, and one function per operator.
 //
-// Functions take the index of an instruction set and a number of threads, keep no state but the thread pool, and
-// return 0, or 1 when memory ran out.
+// Functions take the index of an instruction set and a number of threads, keep nothing but the thread pool and one block of
+// working space, and return 0, or 1 when memory ran out.
 #include <sys/mman.h>
 
 #include <cstdlib>
-
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "borrowed.h"
 #include "decode.h"
@@ -52,17 +53,58 @@ void advise(void *data, int64_t bytes) {
 #endif
 }
 
-// Aligned memory that is returned at the end of the call.
-struct Buffer {
-    float *data;
+// Aligned memory for one call. The largest block is kept for the next call, unless it is very large: fresh pages cost about
+// as much as what the kernels do on them.
+class Buffer {
+  public:
     explicit Buffer(int64_t floats) {
         const int64_t bytes = 4 * floats + 64, alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
-        data = static_cast<float *>(std::aligned_alloc(alignment, oxl::round_up(bytes, alignment)));
-        advise(data, bytes);
+        {
+            const std::lock_guard<std::mutex> hold(lock());
+            if (kept().bytes >= bytes) std::swap(block, kept());
+        }
+        if (!block.data) {
+            block = {std::aligned_alloc(alignment, oxl::round_up(bytes, alignment)), bytes};
+            advise(block.data, bytes);
+        }
+        data = static_cast<float *>(block.data);
     }
-    ~Buffer() { std::free(data); }
+    ~Buffer() {
+        if (block.data && block.bytes <= MOST_KEPT) {
+            const std::lock_guard<std::mutex> hold(lock());
+            if (block.bytes > kept().bytes) std::swap(block, kept());
+        }
+        std::free(block.data);
+    }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
+
+    static void release() {
+        Block freed;
+        {
+            const std::lock_guard<std::mutex> hold(lock());
+            std::swap(freed, kept());
+        }
+        std::free(freed.data);
+    }
+
+    float *data;  // null if there is no memory
+
+  private:
+    static constexpr int64_t MOST_KEPT = 128 << 20;
+    struct Block {
+        void *data = nullptr;
+        int64_t bytes = 0;
+    };
+    static std::mutex &lock() {
+        static std::mutex mutex;
+        return mutex;
+    }
+    static Block &kept() {
+        static Block block;
+        return block;
+    }
+    Block block;
 };
 
 template <class Args>
@@ -127,6 +169,9 @@ void team_finish(Team &team, int64_t phase, int64_t count, int64_t done, Ahead n
 
 // Lend the threads of an OpenMP runtime to the operators.
 OXL_EXPORT void oxl_borrow(oxl::Borrowed::Parallel parallel) { oxl::Borrowed::use(parallel); }
+
+// Give the working space that is kept between calls back to the system.
+OXL_EXPORT void oxl_release() { Buffer::release(); }
 
 OXL_EXPORT int oxl_isa_count() { return COUNT; }
 

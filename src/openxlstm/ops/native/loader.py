@@ -123,6 +123,12 @@ def call(function: str, arguments: ctypes.Structure) -> None:
         raise MemoryError(f"{function}: no memory for the working space of the kernel")
 
 
+def release() -> None:
+    """Give back the working space, at most 128 MiB, that the library keeps from one call to the next."""
+    if _find.cache_info().currsize and (loaded := _load()).library is not None:
+        loaded.library.oxl_release()
+
+
 def _isa(loaded: _Loaded) -> int:
     """Number of the instruction set to use."""
     wanted = os.environ.get("OPENXLSTM_ISA")

@@ -44,12 +44,13 @@ MODELS = """
 {cpu} ({capability}), {threads} threads, openxlstm {version}, torch {torch}, llama-cpp-python {llama},
 transformers {transformers}, xlstm {xlstm}. All models have as many parameters, within 1.2 %, and random
 weights. Tokens/s are medians over bursts, with the slowest and fastest one. "Ours is" compares with the row
-of openxlstm with as many bits (prompts: bfloat16, or float32). The bound of decoding is the read rate of
+of openxlstm with as many bits (prompts: bfloat16, or float32), "at the bound" how many times as fast as this
+row openxlstm would be if it reached its own bound: more is not to be had on the machine. The bound of decoding is the read rate of
 memory, probed between the bursts, over the bytes of a step; of a prompt, the rate of {threads}-thread matrix
 products in bfloat16 (float32 rows: float32) over its useful operations, the vocabulary head counted once.
 
-| | context | batch | tokens/s | slowest, fastest | ours is | of the bound | bound |
-|---|---|---|---|---|---|---|---|
+| | context | batch | tokens/s | slowest, fastest | ours is | at the bound | of the bound | bound |
+|---|---|---|---|---|---|---|---|---|
 """
 BITS = {"f16": "bfloat16", "bf16": "bfloat16", "q8_0": "int8", "q4_0": "int4", "f32": "float32"}
 
@@ -117,9 +118,11 @@ def _model_rows(part: dict[str, Any]) -> list[str]:
         counterpart = "bfloat16" if row["prompt"] and kind != "float32" else BITS.get(kind, kind)
         mine = ours.get((f"openxlstm {counterpart}", row["context"], row["batch"]))
         is_ours = row["name"].startswith("openxlstm")
-        ratio = (
-            "" if is_ours or mine is None else f"{mine['tokens_per_second'] / row['tokens_per_second']:.2f}x"
-        )
+        ratio = limit = ""
+        if mine is not None and not is_ours:
+            times = mine["tokens_per_second"] / row["tokens_per_second"]
+            ratio = f"{times:.2f}x"
+            limit = f"{times / mine['share_of_bound']:.1f}x" if "share_of_bound" in mine else ""
         share = f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else ""
         unit = "GFLOP/s" if row["prompt"] else "GB/s"
         bound = f"{row['probe'] / 1e9:.0f} {unit}" if share else ""
@@ -127,7 +130,7 @@ def _model_rows(part: dict[str, Any]) -> list[str]:
         where = f"prompt of {row['context']:,}" if row["prompt"] else f"{row['context']:,}"
         lines.append(
             f"| {name}{_busy(row)} | {where} | {row['batch']} | {_number(row['tokens_per_second'])} "
-            f"| {_number(row['slowest'])}, {_number(row['fastest'])} | {ratio} | {share} | {bound} |"
+            f"| {_number(row['slowest'])}, {_number(row['fastest'])} | {ratio} | {limit} | {share} | {bound} |"
         )
     return lines
 

@@ -133,19 +133,26 @@ def test_quantized_weights(isa, case, bits):
         torch.testing.assert_close(logits, expected[:, t], rtol=3e-3, atol=3e-3)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["large", "mixed, one tap"])
-def test_ten_thousand_tokens(case):
-    model = lively(CASES[case])
+def test_ten_thousand_tokens(case, weights):
+    """As the forward pass in float32 of a model with the same, perhaps rounded, weights."""
+    model = lively(CASES[case]).to(weights)
+    exact = lively(CASES[case])
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     tokens = torch.randint(0, 77, (10_000,), generator=torch.Generator().manual_seed(2)).tolist()
     engine = DecodeEngine(model)
     held = engine.open()
     kept = [engine.step([t], held, reuse=True)[0] for t in tokens]
-    expected, last = full(model, torch.tensor([tokens]))
+    expected, last = full(exact, torch.tensor([tokens]))
     torch.testing.assert_close(torch.cat(kept), expected[0], rtol=1e-3, atol=1e-3)
     errors = (torch.cat(kept) - expected[0]).abs().amax(-1)
     assert errors[-1000:].mean() < 3 * errors[:1000].mean() + 1e-5  # nothing drifts
     for mine, theirs in zip(leaves(held.state()), leaves(last), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+    if weights == torch.bfloat16:
+        rounded = full(model, torch.tensor([tokens]))[0][0]
+        assert errors.max() < 0.1 * (rounded - expected[0]).abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -64,8 +64,9 @@ inline void store(bf16 *p, vf v) {
     __builtin_memcpy(p, &half, sizeof half);
 }
 inline void store(bf16 *p, vf v, int64_t n) {
+    if (n >= W) return store(p, v);
     const vh half = rounded(v);
-    __builtin_memcpy(p, &half, sizeof(bf16) * (n >= W ? W : n));
+    __builtin_memcpy(p, &half, sizeof(bf16) * n);
 }
 
 }  // namespace

@@ -45,9 +45,10 @@ MODELS = """
 transformers {transformers}, xlstm {xlstm}. All models have as many parameters, within 1.2 %, and random
 weights. Tokens/s are medians over bursts, with the slowest and fastest one. "Ours is" compares with the row
 of openxlstm with as many bits (prompts: bfloat16, or float32), "at the bound" how many times as fast as this
-row openxlstm would be if it reached its own bound: more is not to be had on the machine. The bound of decoding is the read rate of
-memory, probed between the bursts, over the bytes of a step; of a prompt, the rate of {threads}-thread matrix
-products in bfloat16 (float32 rows: float32) over its useful operations, the vocabulary head counted once.
+row openxlstm would be if it reached its own bound: more is not to be had on the machine. The bound of
+decoding is the read rate of memory, probed between the bursts, over the bytes of a step; of a prompt, the
+rate of {threads}-thread matrix products in bfloat16 (float32 rows: float32) over its useful operations, the
+vocabulary head counted once.
 
 | | context | batch | tokens/s | slowest, fastest | ours is | at the bound | of the bound | bound |
 |---|---|---|---|---|---|---|---|---|
@@ -130,7 +131,8 @@ def _model_rows(part: dict[str, Any]) -> list[str]:
         where = f"prompt of {row['context']:,}" if row["prompt"] else f"{row['context']:,}"
         lines.append(
             f"| {name}{_busy(row)} | {where} | {row['batch']} | {_number(row['tokens_per_second'])} "
-            f"| {_number(row['slowest'])}, {_number(row['fastest'])} | {ratio} | {limit} | {share} | {bound} |"
+            f"| {_number(row['slowest'])}, {_number(row['fastest'])} | {ratio} | {limit} | {share} "
+            f"| {bound} |"
         )
     return lines
 

@@ -73,7 +73,7 @@ def test_it_is_given_back_when_asked_for(native):
     def resident() -> int:
         return int(status.read_text().split()[1]) * 4096
 
-    # the states of every chunk: 40 MiB and more, which the C library takes from the system and gives back at once
+    # the states of every chunk: more than 40 MiB, which the C library returns to the system when it is freed
     x = [torch.randn(1, 8192, 1, d) for d in (256, 256, 512)] + [torch.zeros(1, 8192, 1) for _ in range(2)]
     x = [t.requires_grad_() for t in x]
     mlstm(*x, backend="native").sum().backward()

@@ -5,6 +5,8 @@ disturbs all alike; the figure is the ratio of medians. Peak memory comes from a
 resident high-water mark during the second call, minus what was resident before it (inputs and libraries; the
 first call loads code that stays). The matrix rate of the machine is measured in the same run, as the bound
 beside the figure, and what other programs take of the processors meanwhile: if that is much, a note says so.
+So is what the operating system takes of each call, and how fast it hands out fresh memory: where that is slow
+(a virtual machine that gives free memory back to its host), it bounds whatever allocates its results.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -86,6 +89,17 @@ def matrix_rate(dtype: torch.dtype = torch.float32, *sizes: int, repeats: int = 
     return best
 
 
+def fresh_memory_rate(size: int = 1 << 26) -> float:
+    """Bytes/s at which memory fresh from the system, in huge pages, is written for the first time."""
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(pages, dtype=torch.uint8)
+    start = time.perf_counter()
+    block.zero_()
+    return size / (time.perf_counter() - start)
+
+
 def run(
     name: str,
     groups: dict[str, list[Variant]],
@@ -113,14 +127,17 @@ def run(
     for label, variants in groups.items():
         calls = {v.name: v.prepare() for v in variants}
         times: dict[str, list[float]] = {v.name: [] for v in variants}
-        rate = 0.0
+        system: dict[str, list[float]] = {v.name: [] for v in variants}
+        rate, fresh = 0.0, []
         load = OtherLoad()
         for _ in range(arguments.repeats + 1):
             rate = max(rate, matrix_rate(dtype, 512, 1024))
+            fresh.append(fresh_memory_rate())
             for variant in variants:
-                start = time.perf_counter()
+                start, taken = time.perf_counter(), os.times().system
                 calls[variant.name]()
                 times[variant.name].append(time.perf_counter() - start)
+                system[variant.name].append(os.times().system - taken)
         others = load.cores()
         del calls
         rows = {}
@@ -130,6 +147,7 @@ def run(
                 "median_s": statistics.median(t),
                 "min_s": min(t),
                 "max_s": max(t),
+                "system_s": statistics.median(system[variant.name][1:]),
                 "gflops": None if variant.flops is None else variant.flops / statistics.median(t) / 1e9,
                 "share_of_matrix_rate": None
                 if variant.flops is None
@@ -138,6 +156,7 @@ def run(
             }
         report["groups"][label] = {
             "matrix_rate": rate,
+            "fresh_memory_rate": statistics.median(fresh),
             "variants": rows,
             **_ratios(rows, peer, ours),
             **disturbance(others),
@@ -209,9 +228,13 @@ def _ratios(rows: dict[str, dict[str, Any]], peer: str, ours: str) -> dict[str, 
 
 
 def _print_group(label: str, group: dict[str, Any], dtype: str) -> None:
-    print(f"\n{label}   ({dtype} matrices are multiplied at {group['matrix_rate'] / 1e9:.0f} GFLOP/s here)")
     print(
-        f"  {'variant':34s} {'median':>10s} {'min..max':>19s} {'GFLOP/s':>8s} {'of that':>8s} {'peak MB':>8s}"
+        f"\n{label}   ({dtype} matrices are multiplied at {group['matrix_rate'] / 1e9:.0f} GFLOP/s, fresh "
+        f"memory written at {group['fresh_memory_rate'] / 1e9:.1f} GB/s)"
+    )
+    print(
+        f"  {'variant':34s} {'median':>10s} {'min..max':>19s} {'system':>8s} {'GFLOP/s':>8s} {'of that':>8s} "
+        f"{'peak MB':>8s}"
     )
     for name, row in group["variants"].items():
         rate = "" if row["gflops"] is None else f"{row['gflops']:.0f}"
@@ -219,7 +242,8 @@ def _print_group(label: str, group: dict[str, Any], dtype: str) -> None:
         memory = "" if not row["peak_bytes"] else f"{row['peak_bytes'] / 1e6:.0f}"
         spread = f"{row['min_s'] * 1e3:.0f}..{row['max_s'] * 1e3:.0f}"
         print(
-            f"  {name:34s} {row['median_s'] * 1e3:8.1f}ms {spread:>17s}ms {rate:>8s} {share:>8s} {memory:>8s}"
+            f"  {name:34s} {row['median_s'] * 1e3:8.1f}ms {spread:>17s}ms {row['system_s'] * 1e3:6.0f}ms "
+            f"{rate:>8s} {share:>8s} {memory:>8s}"
         )
     if "speed_ratio" in group:
         memory = f", {group['memory_ratio']:.2f}x its memory" if "memory_ratio" in group else ""

@@ -13,7 +13,8 @@ constexpr int64_t LINE_BYTES = 64;
 template <int BATCH>
 constexpr int64_t WEIGHTS_AHEAD = BATCH == 1 ? 8192 : 4096;
 
-// Into the second-level cache: the first one is small and has the vectors. An address beyond the end does no harm.
-inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+// For one use: a token needs every weight once, and what weights push out of the last-level cache, states above all, is
+// needed again. An address beyond the end does no harm.
+inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 0); }
 
 }  // namespace

@@ -6,6 +6,7 @@ Without a GPU the registry is asked about one, and the kernels it chooses run in
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from openxlstm.inference.graph_engine import GraphEngine
 from openxlstm.inference.runner import ModelRunner
 from openxlstm.models import build_model
 from openxlstm.ops import dispatch
-from openxlstm.ops.gpu import support
+from openxlstm.ops.gpu import configurations, support
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # older interpreters
 OPERATORS = ("mlstm", "mlstm_step", "mlstm_advance", "rnn", "rnn_step", "head_norm", "causal_convolution")
@@ -77,3 +78,14 @@ def test_auto_in_the_decode_step_of_a_model(family, poisoned, monkeypatch):
     logits, _ = engine.step([3, 5, 7], engine.open(rows=3), reuse=True)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert launched == KERNELS[family]
+
+
+def test_the_state_stays_on_the_chip_where_that_fills_the_machine(monkeypatch):
+    """7B heads (DK 256, DV 512, eight a sequence) on 132 multiprocessors: from two sequences on."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    config, gpu = configurations.MLSTM_TABLE["sm_90", "bfloat16"], torch.device("cuda")
+    assert configurations.resident(config, gpu, 16, 256, 512)
+    assert not configurations.resident(config, gpu, 8, 256, 512)  # 64 programs
+    assert not configurations.resident(config, gpu, 64, 512, 512)  # C does not fit
+    assert not configurations.resident(config, torch.device("cpu"), 64, 256, 512)

@@ -55,6 +55,15 @@ TARGETS = {
     ("lstm B=16 T=1024 6 heads of 128", "ours | forward"): 1.23,
 }
 """Milliseconds on an H200."""
+SHARES = {
+    "step B=16": (("ours | eager", "ours graphed | CUDA graph"), 0.8),
+    "step B=64": (("ours | eager", "ours graphed | CUDA graph"), 0.8),
+    "decode E=4096": (("ours | one token",), 0.75),
+    "block E=": (("ours eager | forward+backward", "ours compiled | compiled, forward+backward"), 0.45),
+}
+"""Beginning of a shape: the rows of which the faster one counts, and its least share of the bound."""
+PEERS = {"mlstm_kernels": 4.0, "fla simple_gla": 2.0, "sdpa causal": 1.0, "cuDNN LSTM": 1 / 1.3}
+"""Beginning of a peer's name: how many times as fast ours must at least be (SDPA from 4,096 positions on)."""
 
 
 class Run:
@@ -172,6 +181,34 @@ def in_turn(sections: list[str], sizes: gpu_jobs.Sizes, rates: dict[str, Any]) -
     return [job for turn in itertools.zip_longest(*lists) for job in turn if job is not None]
 
 
+def _conclude_shares(shape: str, rows: dict[str, dict[str, Any]]) -> None:
+    for beginning, (names, target) in SHARES.items():
+        mine = [rows[name] for name in names if name in rows]
+        if shape.startswith(beginning) and mine:
+            share = max(row["bound_ms"] / row["ms"] for row in mine)
+            verdict = "met" if share >= target else "MISSED"
+            print(f"  {shape:40s} {'of the bound':30s} {share:11.0%}  target {target:.0%}: {verdict}")
+
+
+def _conclude_peers(shape: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Ours, with the exponential gate, against the fastest row of each peer."""
+    for peer, target in PEERS.items():
+        for what in ("forward", "forward+backward"):
+            mine = next((rows[n] for n in (f"ours exp | {what}", f"ours | {what}") if n in rows), None)
+            theirs = [row["ms"] for n, row in rows.items() if n.startswith(peer) and n.endswith(f"| {what}")]
+            if mine is None or not theirs or (peer == "sdpa causal" and _positions(shape) < 4096):
+                continue
+            times = min(theirs) / mine["ms"]
+            verdict = "met" if times >= target else "MISSED"
+            against = f"{what} against {peer}"
+            print(f"  {shape:40s} {against:30s} {times:10.2f}x  target {target:.2f}x: {verdict}")
+
+
+def _positions(shape: str) -> int:
+    """T of "mlstm B=8 T=8192 ..."."""
+    return int(next(part for part in shape.split() if part.startswith("T="))[2:])
+
+
 def conclude(report: dict[str, Any]) -> None:
     """Targets, and the fastest tiles."""
     rows = [row for section in SECTIONS[1:] for row in report.get(section, []) if "ms" in row]
@@ -181,6 +218,12 @@ def conclude(report: dict[str, Any]) -> None:
         verdict = "not measured" if not found else "met" if found[0] <= target else "MISSED"
         took = f"{found[0]:8.3f} ms" if found else " " * 11
         print(f"  {shape:40s} {what:30s} {took}  target {target} ms: {verdict}")
+    by_shape: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_shape.setdefault(row["shape"], {})[row["what"]] = row
+    for shape, found in by_shape.items():
+        _conclude_shares(shape, found)
+        _conclude_peers(shape, found)
     tiles = [row for row in rows if "field" in row]
     for shape, field in dict.fromkeys((row["shape"], row["field"]) for row in tiles):
         tried = [row for row in tiles if (row["shape"], row["field"]) == (shape, field)]

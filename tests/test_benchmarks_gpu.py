@@ -108,6 +108,31 @@ def test_the_end_says_what_is_missed_and_what_to_tune(gpu, capsys):
     assert "tune output: k=32 takes 1.500 ms, shipped 2.000 ms" in said
 
 
+def test_the_end_compares_with_bounds_and_peers(gpu, capsys):
+    long, short = "mlstm B=1 T=4096 H=8 DK=256 DV=512", "mlstm B=1 T=512 H=8 DK=256 DV=512"
+    times = {"ours exp": 1.0, "mlstm_kernels a": 5.0, "mlstm_kernels b": 3.0, "sdpa causal": 1.5}
+    rows = [
+        {"shape": shape, "what": f"{name} | forward", "ms": ms}
+        for shape in (long, short)
+        for name, ms in times.items()
+    ]
+    steps = [
+        {"shape": "step B=16 H=8 DK=256 DV=512", "what": name, "ms": ms, "bound_ms": 0.9}
+        for name, ms in (("ours | eager", 2.0), ("ours graphed | CUDA graph", 1.0))
+    ]
+    recurrent = [
+        {"shape": "lstm B=16 T=1024 12 heads of 64", "what": f"{name} | forward", "ms": ms}
+        for name, ms in (("ours", 1.5), ("cuDNN LSTM, dense, hidden 768, with its input product", 1.2))
+    ]
+    gpu.conclude({"mlstm": rows, "decode": steps, "rnn": recurrent})
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{long} forward against mlstm_kernels 3.00x target 4.00x: MISSED" in said
+    assert f"{long} forward against sdpa causal 1.50x target 1.00x: met" in said
+    assert f"{short} forward against sdpa" not in said
+    assert "step B=16 H=8 DK=256 DV=512 of the bound 90% target 80%: met" in said
+    assert "12 heads of 64 forward against cuDNN LSTM 0.80x target 0.77x: met" in said
+
+
 def test_a_variant_that_cannot_run_is_a_line(gpu, capsys):
     def broken() -> Any:
         raise ImportError("no such kernel\nand more")

@@ -261,30 +261,40 @@ def _best_time(run: Callable[[], object], device: torch.device, seconds: float) 
 
 
 def measure_peak_flops(
-    dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu", *, seconds: float = 0.2
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    seconds: float = 0.2,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mm,
 ) -> float:
     """Floating point operations per second that this machine reaches in a plain matrix product.
 
     The bound for model-FLOP utilisation: measured, not taken from a data sheet, with the threads in use now.
-    Sizes grow until the rate no longer improves. Remembered per dtype, device and thread count.
+    Sizes grow until the rate no longer improves. Remembered per dtype, device, thread count and product.
 
     Args:
         dtype: type of both factors.
         device: where to multiply.
         seconds: time spent on each size.
+        product: what multiplies two matrices.
     """
-    return _peak_flops(resolve_dtype(dtype), torch.device(device), torch.get_num_threads(), seconds)
+    return _peak_flops(resolve_dtype(dtype), torch.device(device), torch.get_num_threads(), seconds, product)
 
 
 @functools.cache
-def _peak_flops(dtype: torch.dtype, device: torch.device, threads: int, seconds: float) -> float:
+def _peak_flops(
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    seconds: float,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> float:
     best = 0.0
     for size in (256, 512, 1024) if device.type == "cpu" else (1024, 4096, 8192):
         if best and 2 * size**3 / best > 0.5:
             break  # so slow per product: it is as fast as it gets
         factor = torch.ones(size, size, dtype=dtype, device=device)
-        product = torch.empty_like(factor)
-        elapsed = _best_time(functools.partial(torch.mm, factor, factor, out=product), device, seconds / 4)
+        elapsed = _best_time(functools.partial(product, factor, factor), device, seconds / 4)
         best = max(best, 2 * size**3 / elapsed)
     return best
 

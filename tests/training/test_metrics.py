@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from openxlstm.models import build_model
+from openxlstm.ops.matmul import matmul
 from openxlstm.training import metrics
 from openxlstm.training.metrics import (
     Speedometer,
@@ -64,7 +65,8 @@ def test_speed_bound_of_a_model() -> None:
 def test_the_bound_is_of_the_dtype_that_runs(
     monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
 ) -> None:
-    def measure(dtype: torch.dtype, _: torch.device) -> float:
+    def measure(dtype: torch.dtype, _: torch.device, *, product: object) -> float:
+        assert product is matmul
         measured.append(dtype)
         raise RuntimeError("no such product")
 

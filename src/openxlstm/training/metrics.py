@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from openxlstm.models import accounting
 from openxlstm.ops.cross_entropy import IGNORED
+from openxlstm.ops.matmul import matmul
 from openxlstm.runtime import has_fast_bfloat16, measure_peak_flops
 
 
@@ -95,6 +96,6 @@ def speedometer(
     if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
         dtype = torch.float32
     try:
-        return Speedometer(flops, measure_peak_flops(dtype, device))
+        return Speedometer(flops, measure_peak_flops(dtype, device, product=matmul))
     except (RuntimeError, ValueError):  # a measurement is no reason to stop a run
         return Speedometer()

@@ -186,8 +186,7 @@ def _conclude_shares(shape: str, rows: dict[str, dict[str, Any]]) -> None:
         mine = [rows[name] for name in names if name in rows]
         if shape.startswith(beginning) and mine:
             share = max(row["bound_ms"] / row["ms"] for row in mine)
-            verdict = "met" if share >= target else "MISSED"
-            print(f"  {shape:40s} {'of the bound':30s} {share:11.0%}  target {target:.0%}: {verdict}")
+            _verdict(shape, "of the bound", f"{share:.0%}", f"{target:.0%}", share >= target)
 
 
 def _conclude_peers(shape: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -199,9 +198,7 @@ def _conclude_peers(shape: str, rows: dict[str, dict[str, Any]]) -> None:
             if mine is None or not theirs or (peer == "sdpa causal" and _positions(shape) < 4096):
                 continue
             times = min(theirs) / mine["ms"]
-            verdict = "met" if times >= target else "MISSED"
-            against = f"{what} against {peer}"
-            print(f"  {shape:40s} {against:30s} {times:10.2f}x  target {target:.2f}x: {verdict}")
+            _verdict(shape, f"{what} against {peer}", f"{times:.2f}x", f"{target:.2f}x", times >= target)
 
 
 def _positions(shape: str) -> int:
@@ -209,15 +206,20 @@ def _positions(shape: str) -> int:
     return int(next(part for part in shape.split() if part.startswith("T="))[2:])
 
 
+def _verdict(shape: str, what: str, found: str, target: str, met: bool | None) -> None:
+    """One line; ``met`` is None for what was not measured."""
+    verdict = "not measured" if met is None else "met" if met else "MISSED"
+    print(f"  {shape:40s} {what:30s} {found:>11s}  target {target}: {verdict}")
+
+
 def conclude(report: dict[str, Any]) -> None:
     """Targets, and the fastest tiles."""
     rows = [row for section in SECTIONS[1:] for row in report.get(section, []) if "ms" in row]
     print("\ntargets (H200)")
     for (shape, what), target in TARGETS.items():
-        found = [row["ms"] for row in rows if (row["shape"], row["what"]) == (shape, what)]
-        verdict = "not measured" if not found else "met" if found[0] <= target else "MISSED"
-        took = f"{found[0]:8.3f} ms" if found else " " * 11
-        print(f"  {shape:40s} {what:30s} {took}  target {target} ms: {verdict}")
+        ms = next((row["ms"] for row in rows if (row["shape"], row["what"]) == (shape, what)), None)
+        found, met = ("", None) if ms is None else (f"{ms:.3f} ms", ms <= target)
+        _verdict(shape, what, found, f"{target} ms", met)
     by_shape: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_shape.setdefault(row["shape"], {})[row["what"]] = row

@@ -35,6 +35,7 @@ import openxlstm
 from openxlstm.inference.measurement import BUSY, OtherLoad
 from openxlstm.ops.matmul import matmul
 from openxlstm.ops.native import loader
+from openxlstm.runtime import cpu_info
 
 RESULTS = Path(__file__).parent / "results"
 LARGE_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -191,16 +192,10 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cpu = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "cpu": cpu,
+        "cpu": cpu_info("model name") or platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": arguments.threads,
         "allocator": arguments.allocator,

@@ -403,12 +403,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor_name(capabilities: dict[str, Any]) -> str:
+@functools.cache
+def cpu_info(field: str) -> str | None:
+    """What Linux says of the first processor, such as its ``"model name"``; None where it does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.split(":", 1)[1].strip()
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    return None
+
+
+def _processor_name(capabilities: dict[str, Any]) -> str:
+    name = cpu_info("model name") or capabilities.get("cpu_name")
+    return str(name or platform.processor() or platform.machine())
 
 
 def _memory_gib() -> float | None:

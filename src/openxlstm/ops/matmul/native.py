@@ -7,13 +7,14 @@ result does not depend on the other rows, bit for bit. Differentiable any number
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from openxlstm.ops.dispatch import Request
 from openxlstm.ops.native import loader
+from openxlstm.ops.native.operands import Operands
+from openxlstm.runtime import cpu_info
 
 LEAST_ROWS = 64
 """With fewer, putting the other matrix in order costs more than the product gains."""
@@ -56,35 +57,23 @@ def _pytorch_leaves_units_idle() -> bool:
 setattr(_pytorch_leaves_units_idle, "_dynamo_marked_constant", True)  # noqa: B010
 
 
-@cache
 def _is_intel() -> bool:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return any("GenuineIntel" in line for line in lines)
-    except OSError:
-        return True  # not known to be another's
+    """Also where it is not known to be another's."""
+    return cpu_info("vendor_id") in ("GenuineIntel", None)
 
 
 @torch.library.custom_op("openxlstm::matmul", mutates_args=())
 def native(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``a @ b + bias`` for float32 matrices (M, K), (K, N) and a vector (N)."""
     c = a.new_empty(a.shape[0], b.shape[1])
-    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-    bias = None if bias is None else bias.contiguous()
     if not a.shape[1]:
         return c.zero_() if bias is None else c.copy_(bias)
     if c.numel():
-        arguments = _Arguments(
-            a.data_ptr(),
-            b.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            c.data_ptr(),
-            *c.shape,
-            a.shape[1],
-            *a.stride(),
-            *b.stride(),
-        )
-        loader.call("oxl_matrix_product", arguments)
+        operands = Operands()
+        a, b = (operands.hold(x if 1 in x.stride() else x.contiguous()) for x in (a, b))
+        addresses = (a.data_ptr(), b.data_ptr(), operands.keep(bias), c.data_ptr())
+        sizes = (*c.shape, a.shape[1], *a.stride(), *b.stride())
+        loader.call("oxl_matrix_product", _Arguments(*addresses, *sizes))
     return c
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from openxlstm.ops.dispatch import Request, needs_grad
 from openxlstm.ops.matmul import matmul
 from openxlstm.ops.native import loader
+from openxlstm.ops.native.operands import Operands
 from openxlstm.ops.rnn.cells import CELLS, Cell
 from openxlstm.ops.rnn.scan import new_buffers, register_gradient
 
@@ -64,10 +65,6 @@ def native(
     return h, cell.state_type(*last.transpose(1, 2).unbind(0))
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _arguments(
     cell: str,
     weight: Tensor,
@@ -75,21 +72,21 @@ def _arguments(
     buffers: tuple[Tensor, ...],
     floor: float | None,
     time: int,
-) -> tuple[_Arguments, list[Tensor | None]]:
-    """What forward and backward have in common, and the tensors that must outlive the call."""
+) -> tuple[_Arguments, Operands]:
+    """What forward and backward have in common, and what keeps its tensors."""
     hs, gates, memory, factors = buffers
     heads, _, batch, d = hs.shape
-    matrices = weight.transpose(0, 1).contiguous()  # (H, G_r, D_out, D_in)
-    starts = None if reset is None else reset.contiguous()
+    operands = Operands()
     a = _Arguments(cell=_NUMBERS[cell], floor=floor or 0.0, batch=batch, time=time, heads=heads, d=d)
-    a.weight, a.reset = matrices.data_ptr(), _pointer(starts)
+    a.weight = operands.keep(weight.transpose(0, 1))  # (H, G_r, D_out, D_in)
+    a.reset = operands.keep(reset)
     a.hs, a.gates, a.memory, a.factors = (b.data_ptr() for b in buffers)
     moves = gates.shape[1] == time and hs.shape[1] == time + 1  # else only one position is kept
     a.hs_h, a.hs_t = hs.stride(0), moves * batch * d
     a.gates_h, a.gates_t = gates.stride(0), moves * batch * gates.shape[3] * d
     a.memory_t = moves * memory.shape[1] * heads * batch * d
     a.factors_t = moves * factors.shape[1] * heads * batch * d
-    return a, [matrices, starts]
+    return a, operands
 
 
 @torch.library.custom_op("openxlstm::rnn_native", mutates_args=())
@@ -112,12 +109,11 @@ def _forward(
     h, last = x.new_empty((batch, time, heads, d)), state.new_empty(state.shape)
     if batch == 0:
         return h, last, *buffers
-    a, alive = _arguments(cell, weight, reset, buffers, normalizer_floor, time)
-    bias, state = None if bias is None else bias.contiguous(), state.contiguous()
+    a, operands = _arguments(cell, weight, reset, buffers, normalizer_floor, time)
     a.x, (a.x_b, a.x_t, a.x_g, a.x_h, _) = x.data_ptr(), x.stride()
-    a.bias, a.state, a.h, a.last = _pointer(bias), state.data_ptr(), h.data_ptr(), last.data_ptr()
+    a.bias, a.state = operands.keep(bias), operands.keep(state)
+    a.h, a.last = h.data_ptr(), last.data_ptr()
     loader.call("oxl_rnn_forward", a)
-    del alive
     return h, last, *buffers
 
 
@@ -140,17 +136,11 @@ def _backward(
     d_gates, d_state = torch.empty_like(gates), gates.new_empty((states, heads, batch, d))
     if batch == 0:
         return d_gates, torch.zeros_like(weight, memory_format=torch.contiguous_format), d_state
-    a, alive = _arguments(cell, weight, reset, (hs, gates, memory, factors), normalizer_floor, time)
-    d_h, d_last = d_h.contiguous(), None if d_last is None else d_last.contiguous()
-    a.d_h, a.d_last, a.d_gates, a.d_state = (
-        d_h.data_ptr(),
-        _pointer(d_last),
-        d_gates.data_ptr(),
-        d_state.data_ptr(),
-    )
+    a, operands = _arguments(cell, weight, reset, (hs, gates, memory, factors), normalizer_floor, time)
+    a.d_h, a.d_last = operands.keep(d_h), operands.keep(d_last)
+    a.d_gates, a.d_state = d_gates.data_ptr(), d_state.data_ptr()
     a.follow_m = d_last is not None or normalizer_floor is not None
     loader.call("oxl_rnn_backward", a)
-    del alive
     before = hs[:, :-1]
     if reset is not None:
         before = before.masked_fill(reset.t().unsqueeze(-1), 0)
